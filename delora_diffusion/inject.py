@@ -1,0 +1,262 @@
+"""Adapters in a module: inject, remove, choose which act, and look them up. The method itself is in `delora.py`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .delora import DeloraAdapter, DeloraLayer, add_update, base_weight
+from .targets import DeloraConfig, target_linears, within
+
+# ---- injecting and removing ----------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    """What an adapted module must remember; it hangs on the module, so that a deepcopy carries it along."""
+
+    configs: dict[str, DeloraConfig] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)  # of the base's parameters, before any adapter
+    trained_in_full: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)  # adapter -> name -> its value
+    base_values: dict[str, nn.Parameter] = field(default_factory=dict)  # parameters that a value above stands in for
+
+
+def inject_delora(
+    module: nn.Module,
+    config: DeloraConfig,
+    adapter_name: str = "default",
+    *,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """Add an adapter to the Linear layers that `config` names, freeze everything else, and make it the active one.
+
+    Args:
+        module: any module; its layers stay where and what they are.
+        config: which layers, which rank, which lambda.
+        adapter_name: a name that `module` does not use yet, without dots.
+        generator: a CPU generator for A and B; torch's global one if None.
+
+    Returns:
+        The names of the adapted layers, in module order.
+
+    Raises:
+        ValueError: the name is taken or unusable, or `config` matches nothing.
+        TypeError: `config` names a layer that is not Linear.
+    """
+    record = getattr(module, "_delora", None) or Record()
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        raise ValueError(f"{adapter_name!r} cannot name an adapter; use letters, digits, - and _")
+    if adapter_name in record.configs:
+        raise ValueError(
+            f"{type(module).__name__} has an adapter {adapter_name!r} already; remove it or choose another name"
+        )
+    targets = target_linears(module, config)
+    adapters = {}
+    for name, linear in targets.items():  # everything that can fail comes before the module is touched
+        w_norm = torch.linalg.vector_norm(base_weight(linear), dim=0)
+        rank = config.rank_of(name)
+        adapter = DeloraAdapter(
+            w_norm.cpu() if generator else w_norm, linear.out_features, rank=rank, dropout=config.module_dropout
+        )
+        adapter.initialise(config.lambda_of(name), config.init_weights, generator)
+        adapters[name] = adapter.to(w_norm.device)
+    full = _trained_in_full(module, config, targets, record.base_values)
+    if not record.configs:
+        record.requires_grad = {name: p.requires_grad for name, p in module.named_parameters()}
+        module.requires_grad_(False)
+    for name, linear in targets.items():
+        if not hasattr(linear, "delora"):
+            layer = linear.delora = DeloraLayer()
+            layer.hook = linear.register_forward_hook(add_update)
+        layer_of(linear).adapters[adapter_name] = adapters[name]
+    record.configs[adapter_name] = config
+    record.trained_in_full[adapter_name] = full
+    module._delora = record  # type: ignore[assignment]
+    set_delora_adapters(module, adapter_name)
+    return list(targets)
+
+
+def _trained_in_full(
+    module: nn.Module, config: DeloraConfig, targets: dict[str, nn.Linear], base_values: dict[str, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Trainable copies of the base parameters that `bias` and `modules_to_save` name."""
+    names = []
+    for name, _ in module.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        saved = any(within(pattern, owner) for pattern in config.modules_to_save or ())
+        bias = leaf == "bias" and (config.bias == "all" or (config.bias == "delora_only" and owner in targets))
+        if (saved or bias) and "delora" not in name.split("."):
+            names.append(name)
+    for pattern in config.modules_to_save or ():
+        if not any(within(pattern, name.rpartition(".")[0]) for name in names):
+            raise ValueError(
+                f"modules_to_save {pattern!r} matches no module with parameters in {type(module).__name__}"
+            )
+    base = {name: base_values.get(name, module.get_parameter(name)) for name in names}
+    return {name: nn.Parameter(value.detach().clone()) for name, value in base.items()}
+
+
+def remove_delora(module: nn.Module, adapter_name: str | None = None) -> None:
+    """Take an adapter (all of them if None) out again: the exact inverse of `inject_delora`, merged or not.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    record = record_of(module)
+    names = list(record.configs) if adapter_name is None else [known_adapter(record, adapter_name)]
+    if any(name in layer.merged for _, layer in adapted_layers(module) for name in names):
+        for linear, layer in adapted_layers(module):
+            layer.restore(linear)
+    active = [name for name in active_delora_adapters(module) if name not in names]
+    _swap_in(module, record, active)
+    for linear, layer in adapted_layers(module):
+        layer.active = tuple(name for name in layer.active if name not in names)
+        for name in names:
+            if name in layer.adapters:
+                del layer.adapters[name]
+        if not layer.adapters:
+            if layer.hook is not None:
+                layer.hook.remove()
+            del linear.delora
+    for name in names:
+        del record.configs[name], record.trained_in_full[name]
+    if not record.configs:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
+        del module._delora
+
+
+# ---- which adapters act --------------------------------------------------------------------------
+
+
+def set_delora_adapters(module: nn.Module, names: str | Sequence[str], weights: float | Sequence[float] = 1.0) -> None:
+    """Make exactly these adapters active, each with its weight (its lambda times `weight` is its strength).
+
+    Raises:
+        ValueError: an unknown name, a number of weights that is not the number of names, or a merged adapter at
+            another weight than it was merged with (merged ones stay merged, active or not).
+    """
+    record = record_of(module)
+    names = [names] if isinstance(names, str) else list(names)
+    values = [float(weights)] * len(names) if isinstance(weights, (int, float)) else [float(w) for w in weights]
+    if len(values) != len(names):
+        raise ValueError(f"{len(names)} adapters but {len(values)} weights; give one weight, or one for each adapter")
+    for name in names:
+        known_adapter(record, name)
+    for _, layer in adapted_layers(module):
+        for name, value in zip(names, values, strict=True):
+            if name in layer.merged and layer.merged[name] != value:
+                raise ValueError(f"adapter {name!r} is merged at weight {layer.merged[name]:g}; unmerge_delora first")
+    _swap_in(module, record, names)
+    for _, layer in adapted_layers(module):
+        layer.active = tuple(name for name in names if name in layer.adapters)
+        for name, value in zip(names, values, strict=True):
+            if name in layer.adapters:
+                layer[name].delora_weight.fill_(value)
+
+
+def active_delora_adapters(module: nn.Module) -> list[str]:
+    """Names of the active adapters of `module`, in the order they act."""
+    seen: dict[str, None] = {}
+    for _, layer in adapted_layers(module):
+        seen.update(dict.fromkeys(layer.active))
+    return list(seen)
+
+
+@contextlib.contextmanager
+def delora_disabled(module: nn.Module) -> Iterator[None]:
+    """The base model for the length of a `with` block, also while adapters are merged."""
+    record = record_of(module)
+    layers = adapted_layers(module)
+    merged = [(linear, layer.base_weight) for linear, layer in layers if layer.base_weight is not None]
+    active, enabled = active_delora_adapters(module), [layer.enabled for _, layer in layers]
+    held = [linear.weight.detach().clone() for linear, _ in merged]
+    _swap_in(module, record, [])
+    for _, layer in layers:
+        layer.enabled = False
+    with torch.no_grad():
+        for linear, weight in merged:
+            linear.weight.copy_(weight)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (linear, _), weight in zip(merged, held, strict=True):
+                linear.weight.copy_(weight)
+        for (_, layer), value in zip(layers, enabled, strict=True):
+            layer.enabled = value
+        _swap_in(module, record, active)
+
+
+def _swap_in(module: nn.Module, record: Record, names: Sequence[str]) -> None:
+    """Put the base's own parameters back, then those that the adapters `names` trained in full in their place."""
+    for name, parameter in record.base_values.items():
+        _set_parameter(module, name, parameter)
+    record.base_values = {}
+    for adapter in names:
+        for name, parameter in record.trained_in_full[adapter].items():
+            if name in record.base_values:
+                raise ValueError(f"two of the adapters {list(names)} trained {name!r} in full; activate one of them")
+            base = module.get_parameter(name)
+            record.base_values[name] = base
+            parameter.data = parameter.data.to(base.device, base.dtype)
+            _set_parameter(module, name, parameter)
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, parameter)
+
+
+# ---- looking adapters up ------------------------------------------------------------------------
+
+
+def delora_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """The adapted Linear layers of `module` by name."""
+    return {name: m for name, m in module.named_modules() if isinstance(getattr(m, "delora", None), DeloraLayer)}  # type: ignore[misc]
+
+
+def delora_adapters(module: nn.Module, adapter_name: str = "default") -> dict[str, DeloraAdapter]:
+    """The adapters called `adapter_name`, by the name of the layer they adapt.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    known_adapter(record_of(module), adapter_name)
+    layers = {name: layer_of(linear) for name, linear in delora_layers(module).items()}
+    return {name: layer[adapter_name] for name, layer in layers.items() if adapter_name in layer.adapters}
+
+
+def delora_config(module: nn.Module, adapter_name: str = "default") -> DeloraConfig:
+    """The configuration an adapter was injected with."""
+    record = record_of(module)
+    return record.configs[known_adapter(record, adapter_name)]
+
+
+def record_of(module: nn.Module) -> Record:
+    record: Record | None = getattr(module, "_delora", None)
+    if record is None:
+        raise ValueError(f"this {type(module).__name__} has no adapter; inject_delora or load one first")
+    return record
+
+
+def known_adapter(record: Record, name: str) -> str:
+    if name not in record.configs:
+        raise ValueError(f"no adapter is called {name!r}; there are: {', '.join(record.configs)}")
+    return name
+
+
+def layer_of(linear: nn.Linear) -> DeloraLayer:
+    """The adapters of an adapted Linear."""
+    layer = linear.delora
+    assert isinstance(layer, DeloraLayer)
+    return layer
+
+
+def adapted_layers(module: nn.Module) -> list[tuple[nn.Linear, DeloraLayer]]:
+    """The adapted Linear layers of `module`, each with its adapters."""
+    return [(linear, layer_of(linear)) for linear in delora_layers(module).values()]

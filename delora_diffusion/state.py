@@ -1,0 +1,84 @@
+"""The tensors of an adapter: read them out of a module, load them into one, measure them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .delora import NORM_FLOOR
+from .inject import delora_adapters, record_of
+
+
+def delora_state_dict(module: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The adapter's tensors: `<layer>.delora_A` (r, in), `.delora_B` (out, r), `.delora_lambda` (1,),
+    `.delora_w_norm` (in,); `_init` copies for a residual adapter; parameters trained in full under their own names."""
+    tensors = {}
+    for name, adapter in delora_adapters(module, adapter_name).items():
+        tensors.update({f"{name}.{leaf}": tensor.detach() for leaf, tensor in adapter.tensors().items()})
+    return tensors | {name: p.detach() for name, p in record_of(module).trained_in_full[adapter_name].items()}
+
+
+@torch.no_grad()
+def load_delora_state_dict(
+    module: nn.Module, tensors: dict[str, Tensor], adapter_name: str = "default", *, check_base: bool = True
+) -> None:
+    """Fill an injected adapter from `delora_state_dict`'s tensors. Nothing is changed unless everything fits.
+
+    Args:
+        check_base: compare the stored column norms with those of `module`. The stored ones are used either way, so
+            that the update is the one that was trained.
+
+    Raises:
+        ValueError: missing, left-over, misshapen or non-finite tensors, or another base; with counts and names.
+    """
+    own = delora_state_dict(module, adapter_name)
+    problems = [
+        _listed("missing", [name for name in own if name not in tensors]),
+        _listed("unexpected", [name for name in tensors if name not in own]),
+        _listed("of another shape", [f"{n} {tuple(tensors[n].shape)} for {tuple(t.shape)}" for n, t in own.items()
+                                     if n in tensors and tensors[n].shape != t.shape]),
+        _listed("not finite", [n for n, t in tensors.items() if not t.isfinite().all()]),
+    ]  # fmt: skip
+    if any(problems):
+        raise ValueError(f"adapter does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}")
+    if check_base:
+        _check_base(module, own, tensors)
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def _check_base(module: nn.Module, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Half-precision bases shift a column norm by less than 0.5 %; another fine-tune of the same model by far more."""
+    for name in (n for n in own if n.endswith(".delora_w_norm") and not own[n].is_meta):
+        there = tensors[name].to(own[name])
+        off = float(
+            torch.linalg.vector_norm(there - own[name]) / torch.linalg.vector_norm(own[name]).clamp(min=NORM_FLOOR)
+        )
+        if off > 5e-3:
+            raise ValueError(
+                f"adapter was trained on another base than this {type(module).__name__}: the column norms of "
+                f"{name.removesuffix('.delora_w_norm')} differ by {off:.1%}; load the base it was trained on, or pass "
+                f"check_base=False to apply it all the same"
+            )
+
+
+def _listed(what: str, names: list[str]) -> str:
+    return f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+
+
+@torch.no_grad()
+def update_norms(module: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """|dW|_F / |W|_F of every adapted layer, from r x r products: |up down|_F^2 = <up^T up, down down^T>."""
+    ratios = {}
+    for name, adapter in delora_adapters(module, adapter_name).items():
+        down, up = adapter.factors()
+        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
+        ratios[name] = squared.sqrt() / torch.linalg.vector_norm(adapter.delora_w_norm)
+    return dict(zip(ratios, torch.stack(list(ratios.values())).tolist(), strict=True))
+
+
+def print_trainable_parameters(module: nn.Module) -> None:
+    """Print how many parameters are trained, of how many, in PEFT's words."""
+    parameters = [p for name, p in module.named_parameters()]
+    trained, total = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")

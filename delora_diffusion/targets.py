@@ -1,0 +1,214 @@
+"""Which layers an adapter touches, and how strongly: `DeloraConfig` and the rules that read it.
+
+Field names and matching rules are PEFT's (`peft.DeloraConfig`), so that a configuration means the same layers here
+and there. Nothing in this file knows how an adapter works; see `delora.py` for that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+#: The attention projections of diffusers' denoisers and of CLIP-like text encoders, by module name.
+ATTENTION = r"(.*\.)?(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|q_proj|k_proj|v_proj|out_proj)"
+ALL_LINEAR = "all-linear"
+INIT_CHOICES = ("zero", "residual", "paired", "kaiming")
+BIAS_CHOICES = ("none", "all", "delora_only")
+
+
+@dataclass(frozen=True)
+class DeloraConfig:
+    """What to adapt and how; the fields, their meanings and their defaults are PEFT's.
+
+    Attributes:
+        r: rank of every adapter, unless `rank_pattern` says otherwise.
+        delora_lambda: initial lambda, the bound of the update: |dW|_F <= lambda * max_j |W[:, j]|.
+        target_modules: names of the `nn.Linear` layers to adapt: a list (exact names or dotted suffixes), one regular
+            expression that must match a whole name, "all-linear" (every Linear but the output layer), or None for
+            the attention projections of diffusers models and CLIP (`ATTENTION`).
+        exclude_modules: names to leave out, in the same forms.
+        rank_pattern: {name suffix or regex: rank}, where it differs from `r`.
+        lambda_pattern: {name suffix or regex: lambda}, where it differs from `delora_lambda`.
+        layers_to_transform: only layers with these indices (with a list of targets), counted in the first numbered
+            container of a name or in the one named by `layers_pattern`.
+        layers_pattern: name(s) of the container that `layers_to_transform` counts in.
+        module_dropout: probability with which elements of an adapter's *input* are dropped in training. (PEFT
+            documents it as dropping whole adapters; this is what its code does.)
+        bias: biases trained in full: "none", those of the adapted layers ("delora_only"), or "all".
+        modules_to_save: names of further modules that are trained in full and saved with the adapter.
+        init_weights: "zero" (A Kaiming, B = 0: PEFT's True), "residual" (both Kaiming, the initial update
+            subtracted: the paper's Eq. 9), "paired" (components in pairs with equal a and opposite b), "kaiming"
+            (both Kaiming, not an identity at the start: PEFT's False).
+
+    Raises:
+        ValueError: a value that cannot be meant, naming the field, the value and what is allowed.
+    """
+
+    r: int = 8
+    delora_lambda: float = 15.0
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    lambda_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    module_dropout: float = 0.0
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_weights: str = "zero"
+
+    def __post_init__(self) -> None:
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"rank of {name!r} is {rank!r}; it must be a whole number of at least 1")
+            if self.init_weights == "paired" and rank % 2:
+                raise ValueError(f"rank of {name!r} is {rank}; init_weights='paired' needs an even rank")
+        for name, strength in {"delora_lambda": self.delora_lambda, **self.lambda_pattern}.items():
+            if not isinstance(strength, (int, float)) or not math.isfinite(strength) or strength < 0:
+                raise ValueError(f"lambda of {name!r} is {strength!r}; it must be a finite number of at least 0")
+        if not 0.0 <= self.module_dropout < 1.0:
+            raise ValueError(f"module_dropout is {self.module_dropout!r}; it must be at least 0 and below 1")
+        if self.bias not in BIAS_CHOICES:
+            raise ValueError(f"bias is {self.bias!r}; choose one of {', '.join(BIAS_CHOICES)}")
+        if self.init_weights not in INIT_CHOICES:
+            raise ValueError(f"init_weights is {self.init_weights!r}; choose one of {', '.join(INIT_CHOICES)}")
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("target_modules is empty; name at least one layer, or leave it out for attention")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given without layers_to_transform; give both or neither")
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
+            raise ValueError("layers_to_transform needs target_modules as a list of names; a regex can say it itself")
+        for value in (self.target_modules, self.exclude_modules):
+            if isinstance(value, str):
+                _check_regex(value)
+        for pattern in (*self.rank_pattern, *self.lambda_pattern):
+            _check_regex(pattern)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The fields as one JSON object."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DeloraConfig:
+        """The inverse of `to_dict`. An unknown key is an error that names the nearest known one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+                raise ValueError(f"unknown DeloraConfig field {key!r}{hint}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> DeloraConfig:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+    def rank_of(self, name: str) -> int:
+        """Rank of the layer called `name`."""
+        return self.rank_pattern.get(_pattern_for(self.rank_pattern, name), self.r)
+
+    def lambda_of(self, name: str) -> float:
+        """Initial lambda of the layer called `name`."""
+        return self.lambda_pattern.get(_pattern_for(self.lambda_pattern, name), self.delora_lambda)
+
+
+def target_linears(module: nn.Module, config: DeloraConfig) -> dict[str, nn.Linear]:
+    """The Linear layers of `module` that `config` names, by dotted name, in module order.
+
+    Raises:
+        ValueError: nothing matched (the message lists the kinds of Linear there are), or a pattern of ranks or
+            lambdas fits none of the matched layers.
+        TypeError: a layer that is not Linear was named.
+    """
+    found: dict[str, nn.Linear] = {}
+    for name, child in adaptable(module):
+        if not is_target(config, name, child, module):
+            continue
+        if isinstance(child, nn.Linear):
+            found[name] = child
+        elif isinstance(config.target_modules, list) or next(child.children(), None) is None:
+            raise TypeError(
+                f"target_modules names {name!r}, a {type(child).__name__}; DeLoRA adapts nn.Linear only: "
+                f"name Linear layers, or leave this one out with exclude_modules"
+            )
+    if not found:
+        kinds = sorted({name.rpartition(".")[2] for name, child in adaptable(module) if isinstance(child, nn.Linear)})
+        raise ValueError(
+            f"target_modules {config.target_modules or ATTENTION!r} matched none of the layers of "
+            f"{type(module).__name__}; its Linear layers end in: {', '.join(kinds) or '(there are none)'}"
+        )
+    for what, patterns in (("rank_pattern", config.rank_pattern), ("lambda_pattern", config.lambda_pattern)):
+        for pattern in patterns:
+            if not any(_pattern_for([pattern], name) == pattern for name in found):
+                raise ValueError(
+                    f"{what} {pattern!r} fits none of the {len(found)} adapted layers, e.g. {next(iter(found))!r}"
+                )
+    return found
+
+
+def adaptable(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Named submodules of `module`, without those that belong to an adapter injected earlier."""
+    for name, child in module.named_modules():
+        if name and "delora" not in name.split("."):
+            yield name, child
+
+
+def is_target(config: DeloraConfig, name: str, child: nn.Module, root: nn.Module) -> bool:
+    """Whether `config` names the layer `name` (PEFT's rules)."""
+    if config.exclude_modules and _named(config.exclude_modules, name):
+        return False
+    if any(within(saved, name) for saved in config.modules_to_save or ()):
+        return False
+    targets = ATTENTION if config.target_modules is None else config.target_modules
+    if targets == ALL_LINEAR:
+        head = getattr(root, "get_output_embeddings", lambda: None)()
+        return isinstance(child, nn.Linear) and child is not head
+    return _named(targets, name) and _in_layers(config, name)
+
+
+def within(pattern: str, name: str) -> bool:
+    """Whether the module `name` is one that `pattern` of `modules_to_save` names, or lies inside one."""
+    return re.match(rf"(^|.*\.){pattern}($|\..*)", name) is not None
+
+
+def _named(targets: str | list[str], name: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _in_layers(config: DeloraConfig, name: str) -> bool:
+    if config.layers_to_transform is None:
+        return True
+    wanted = config.layers_to_transform
+    patterns = config.layers_pattern or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        prefix = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
+        if match := re.match(rf"{prefix}{pattern}\.(\d+)\.", name):
+            return int(match.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+    return False
+
+
+def _pattern_for(patterns: Iterable[str], name: str) -> str:
+    """The first pattern that fits the end of `name`, else `name` itself."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), name)
+
+
+def _check_regex(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
