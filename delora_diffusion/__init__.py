@@ -1,5 +1,6 @@
 """Teach a diffusion model a subject with DeLoRA: the public names."""
 
+from .adapter_file import Adapter, AdapterFileError, read_adapter, write_adapter
 from .inject import (
     active_delora_adapters,
     delora_disabled,
@@ -8,21 +9,52 @@ from .inject import (
     set_delora_adapters,
 )
 from .merge import MergeReport, merge_delora, unmerge_delora
+from .pipeline import (
+    LoadReport,
+    delete_adapters,
+    disable_delora,
+    enable_delora,
+    fuse_delora,
+    get_active_adapters,
+    load_delora_weights,
+    load_pipeline,
+    save_delora_weights,
+    set_adapters,
+    unfuse_delora,
+    unload_delora_weights,
+)
 from .state import delora_state_dict, load_delora_state_dict, print_trainable_parameters, update_norms
-from .targets import DeloraConfig
+from .targets import DeloraConfig, DeloraConfigError
 
 __all__ = [
+    "Adapter",
+    "AdapterFileError",
     "DeloraConfig",
+    "DeloraConfigError",
+    "LoadReport",
     "MergeReport",
     "active_delora_adapters",
+    "delete_adapters",
     "delora_disabled",
     "delora_state_dict",
+    "disable_delora",
+    "enable_delora",
+    "fuse_delora",
+    "get_active_adapters",
     "inject_delora",
     "load_delora_state_dict",
+    "load_delora_weights",
+    "load_pipeline",
     "merge_delora",
     "print_trainable_parameters",
+    "read_adapter",
     "remove_delora",
+    "save_delora_weights",
+    "set_adapters",
     "set_delora_adapters",
+    "unfuse_delora",
+    "unload_delora_weights",
     "unmerge_delora",
     "update_norms",
+    "write_adapter",
 ]

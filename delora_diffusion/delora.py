@@ -52,7 +52,8 @@ def delora_factors(A: Tensor, B: Tensor, scale: Tensor, w: Tensor) -> tuple[Tens
 
 
 def _row_norms(matrix: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrix, dim=1).clamp(min=NORM_FLOOR)
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=1)
+    return norms.clamp(min=NORM_FLOOR)
 
 
 class _AddUpdate(torch.autograd.Function):

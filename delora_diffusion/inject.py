@@ -167,17 +167,22 @@ def active_delora_adapters(module: nn.Module) -> list[str]:
     return list(seen)
 
 
+def enable_delora(module: nn.Module, enabled: bool = True) -> None:
+    """Let the active adapters act, or (False) let none act. Merged weights stay as they are."""
+    record = record_of(module)
+    _swap_in(module, record, active_delora_adapters(module) if enabled else [])
+    for _, layer in adapted_layers(module):
+        layer.enabled = enabled
+
+
 @contextlib.contextmanager
 def delora_disabled(module: nn.Module) -> Iterator[None]:
     """The base model for the length of a `with` block, also while adapters are merged."""
-    record = record_of(module)
     layers = adapted_layers(module)
     merged = [(linear, layer.base_weight) for linear, layer in layers if layer.base_weight is not None]
-    active, enabled = active_delora_adapters(module), [layer.enabled for _, layer in layers]
     held = [linear.weight.detach().clone() for linear, _ in merged]
-    _swap_in(module, record, [])
-    for _, layer in layers:
-        layer.enabled = False
+    was_enabled = all(layer.enabled for _, layer in layers)
+    enable_delora(module, False)
     with torch.no_grad():
         for linear, weight in merged:
             linear.weight.copy_(weight)
@@ -187,9 +192,7 @@ def delora_disabled(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for (linear, _), weight in zip(merged, held, strict=True):
                 linear.weight.copy_(weight)
-        for (_, layer), value in zip(layers, enabled, strict=True):
-            layer.enabled = value
-        _swap_in(module, record, active)
+        enable_delora(module, was_enabled)
 
 
 def _swap_in(module: nn.Module, record: Record, names: Sequence[str]) -> None:
@@ -235,6 +238,12 @@ def delora_config(module: nn.Module, adapter_name: str = "default") -> DeloraCon
     """The configuration an adapter was injected with."""
     record = record_of(module)
     return record.configs[known_adapter(record, adapter_name)]
+
+
+def delora_names(module: nn.Module) -> list[str]:
+    """Names of the adapters in `module`, active or not; none for a module without adapters."""
+    record: Record | None = getattr(module, "_delora", None)
+    return list(record.configs) if record else []
 
 
 def record_of(module: nn.Module) -> Record:

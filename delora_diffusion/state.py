@@ -9,12 +9,20 @@ from .delora import NORM_FLOOR
 from .inject import delora_adapters, record_of
 
 
-def delora_state_dict(module: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+def delora_state_dict(
+    module: nn.Module, adapter_name: str = "default", *, at_current_weight: bool = False
+) -> dict[str, Tensor]:
     """The adapter's tensors: `<layer>.delora_A` (r, in), `.delora_B` (out, r), `.delora_lambda` (1,),
-    `.delora_w_norm` (in,); `_init` copies for a residual adapter; parameters trained in full under their own names."""
+    `.delora_w_norm` (in,); `_init` copies for a residual adapter; parameters trained in full under their own names.
+
+    Args:
+        at_current_weight: multiply lambda by the weight the adapter has now, as `set_delora_adapters` gave it.
+    """
     tensors = {}
     for name, adapter in delora_adapters(module, adapter_name).items():
-        tensors.update({f"{name}.{leaf}": tensor.detach() for leaf, tensor in adapter.tensors().items()})
+        for leaf, tensor in adapter.tensors().items():
+            scaled = at_current_weight and leaf.startswith("delora_lambda")
+            tensors[f"{name}.{leaf}"] = tensor.detach() * adapter.delora_weight if scaled else tensor.detach()
     return tensors | {name: p.detach() for name, p in record_of(module).trained_in_full[adapter_name].items()}
 
 

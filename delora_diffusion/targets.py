@@ -24,6 +24,10 @@ INIT_CHOICES = ("zero", "residual", "paired", "kaiming")
 BIAS_CHOICES = ("none", "all", "delora_only")
 
 
+class DeloraConfigError(ValueError):
+    """A configuration that cannot be meant, or that does not fit a model; the message says what to do."""
+
+
 @dataclass(frozen=True)
 class DeloraConfig:
     """What to adapt and how; the fields, their meanings and their defaults are PEFT's.
@@ -49,7 +53,7 @@ class DeloraConfig:
             (both Kaiming, not an identity at the start: PEFT's False).
 
     Raises:
-        ValueError: a value that cannot be meant, naming the field, the value and what is allowed.
+        DeloraConfigError: a value that cannot be meant, naming the field, the value and what is allowed.
     """
 
     r: int = 8
@@ -68,24 +72,28 @@ class DeloraConfig:
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"rank of {name!r} is {rank!r}; it must be a whole number of at least 1")
+                raise DeloraConfigError(f"rank of {name!r} is {rank!r}; it must be a whole number of at least 1")
             if self.init_weights == "paired" and rank % 2:
-                raise ValueError(f"rank of {name!r} is {rank}; init_weights='paired' needs an even rank")
+                raise DeloraConfigError(f"rank of {name!r} is {rank}; init_weights='paired' needs an even rank")
         for name, strength in {"delora_lambda": self.delora_lambda, **self.lambda_pattern}.items():
             if not isinstance(strength, (int, float)) or not math.isfinite(strength) or strength < 0:
-                raise ValueError(f"lambda of {name!r} is {strength!r}; it must be a finite number of at least 0")
+                raise DeloraConfigError(
+                    f"lambda of {name!r} is {strength!r}; it must be a finite number of at least 0"
+                )
         if not 0.0 <= self.module_dropout < 1.0:
-            raise ValueError(f"module_dropout is {self.module_dropout!r}; it must be at least 0 and below 1")
+            raise DeloraConfigError(f"module_dropout is {self.module_dropout!r}; it must be at least 0 and below 1")
         if self.bias not in BIAS_CHOICES:
-            raise ValueError(f"bias is {self.bias!r}; choose one of {', '.join(BIAS_CHOICES)}")
+            raise DeloraConfigError(f"bias is {self.bias!r}; choose one of {', '.join(BIAS_CHOICES)}")
         if self.init_weights not in INIT_CHOICES:
-            raise ValueError(f"init_weights is {self.init_weights!r}; choose one of {', '.join(INIT_CHOICES)}")
+            raise DeloraConfigError(f"init_weights is {self.init_weights!r}; choose one of {', '.join(INIT_CHOICES)}")
         if self.target_modules is not None and not self.target_modules:
-            raise ValueError("target_modules is empty; name at least one layer, or leave it out for attention")
+            raise DeloraConfigError("target_modules is empty; name at least one layer, or leave it out for attention")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern is given without layers_to_transform; give both or neither")
+            raise DeloraConfigError("layers_pattern is given without layers_to_transform; give both or neither")
         if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
-            raise ValueError("layers_to_transform needs target_modules as a list of names; a regex can say it itself")
+            raise DeloraConfigError(
+                "layers_to_transform needs target_modules as a list of names; a regex can say it itself"
+            )
         for value in (self.target_modules, self.exclude_modules):
             if isinstance(value, str):
                 _check_regex(value)
@@ -108,7 +116,7 @@ class DeloraConfig:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-                raise ValueError(f"unknown DeloraConfig field {key!r}{hint}")
+                raise DeloraConfigError(f"unknown DeloraConfig field {key!r}{hint}")
         return cls(**values)
 
     @classmethod
@@ -129,9 +137,8 @@ def target_linears(module: nn.Module, config: DeloraConfig) -> dict[str, nn.Line
     """The Linear layers of `module` that `config` names, by dotted name, in module order.
 
     Raises:
-        ValueError: nothing matched (the message lists the kinds of Linear there are), or a pattern of ranks or
-            lambdas fits none of the matched layers.
-        TypeError: a layer that is not Linear was named.
+        DeloraConfigError: nothing matched (the message lists the kinds of Linear there are), a layer that is not
+            Linear was named, or a pattern of ranks or lambdas fits none of the matched layers.
     """
     found: dict[str, nn.Linear] = {}
     for name, child in adaptable(module):
@@ -140,20 +147,20 @@ def target_linears(module: nn.Module, config: DeloraConfig) -> dict[str, nn.Line
         if isinstance(child, nn.Linear):
             found[name] = child
         elif isinstance(config.target_modules, list) or next(child.children(), None) is None:
-            raise TypeError(
+            raise DeloraConfigError(
                 f"target_modules names {name!r}, a {type(child).__name__}; DeLoRA adapts nn.Linear only: "
                 f"name Linear layers, or leave this one out with exclude_modules"
             )
     if not found:
         kinds = sorted({name.rpartition(".")[2] for name, child in adaptable(module) if isinstance(child, nn.Linear)})
-        raise ValueError(
+        raise DeloraConfigError(
             f"target_modules {config.target_modules or ATTENTION!r} matched none of the layers of "
             f"{type(module).__name__}; its Linear layers end in: {', '.join(kinds) or '(there are none)'}"
         )
     for what, patterns in (("rank_pattern", config.rank_pattern), ("lambda_pattern", config.lambda_pattern)):
         for pattern in patterns:
             if not any(_pattern_for([pattern], name) == pattern for name in found):
-                raise ValueError(
+                raise DeloraConfigError(
                     f"{what} {pattern!r} fits none of the {len(found)} adapted layers, e.g. {next(iter(found))!r}"
                 )
     return found
@@ -211,4 +218,4 @@ def _check_regex(pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        raise DeloraConfigError(f"{pattern!r} is not a regular expression: {error}") from error

@@ -1,0 +1,157 @@
+"""An adapter on disk.
+
+The native file is one safetensors file. Its tensors have PEFT's names with the component of the pipeline in front
+(`unet.<layer>.delora_A`); its header holds the configuration of each component and where the adapter comes from.
+PEFT's own folders (adapter_config.json and adapter_model.safetensors) are read as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import complete_file
+from .targets import DeloraConfig
+
+FILE_NAME = "delora_weights.safetensors"
+FORMAT = "delora-1"
+_PEFT_CONFIG, _PEFT_WEIGHTS, _PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+
+
+class AdapterFileError(ValueError):
+    """A file that holds no usable adapter; the message names it, says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory: for each component of a pipeline, its tensors by name and its configuration.
+
+    A PEFT folder does not say which component it is for; it stands under "".
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    configs: dict[str, DeloraConfig]
+    provenance: dict[str, str] = field(default_factory=dict)
+
+
+def write_adapter(path: Path, adapter: Adapter) -> Path:
+    """Write the native file; it is complete or absent.
+
+    Args:
+        path: the file, or a folder to put `delora_weights.safetensors` into.
+
+    Returns:
+        The file written.
+    """
+    path = path if path.suffix == ".safetensors" else path / FILE_NAME
+    tensors = {
+        f"{component}.{name}": tensor.detach().to("cpu").contiguous()
+        for component, named in adapter.tensors.items()
+        for name, tensor in named.items()
+    }
+    configs = {component: config.to_dict() for component, config in adapter.configs.items()}
+    header = {**adapter.provenance, "format": FORMAT, "delora_config": json.dumps(configs, sort_keys=True)}
+    with complete_file(path) as aside:
+        save_file(tensors, aside, metadata=header)
+    return path
+
+
+def read_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
+    """Read an adapter from a native file, a folder that holds one, a PEFT folder, or the Hub.
+
+    Args:
+        source: a path, or a Hub id ("user/my-dog") when no such path exists.
+        revision: revision on the Hub.
+
+    Raises:
+        AdapterFileError: nothing there, a damaged file, or a file of another method (the message says which).
+    """
+    path = Path(source)
+    if not path.exists():
+        path = _from_hub(str(source), revision)
+    if path.is_dir():
+        if (path / FILE_NAME).is_file():
+            return _read_native(path / FILE_NAME)
+        if (path / _PEFT_CONFIG).is_file():
+            return _read_peft(path)
+        inside = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+        raise AdapterFileError(f"{path} holds no adapter: expected {FILE_NAME} or {_PEFT_CONFIG}, found {inside}")
+    return _read_native(path)
+
+
+def _read_native(path: Path) -> Adapter:
+    tensors, header = _read_tensors(path)
+    if header.get("format") != FORMAT:
+        raise AdapterFileError(f"{path} is no DeLoRA adapter: {_described(tensors)}")
+    configs = {name: DeloraConfig.from_dict(values) for name, values in json.loads(header["delora_config"]).items()}
+    named: dict[str, dict[str, Tensor]] = {component: {} for component in configs}
+    for key, tensor in tensors.items():
+        component, _, name = key.partition(".")
+        if component not in named:
+            raise AdapterFileError(
+                f"{path} holds {key!r}, but its header knows only {', '.join(configs)}; it is damaged"
+            )
+        named[component][name] = tensor
+    return Adapter(named, configs, {k: v for k, v in header.items() if k not in ("format", "delora_config")})
+
+
+def _read_peft(folder: Path) -> Adapter:
+    values = json.loads((folder / _PEFT_CONFIG).read_text(encoding="utf-8"))
+    if values.get("peft_type") != "DELORA":
+        raise AdapterFileError(
+            f"{folder} is a PEFT adapter of type {values.get('peft_type')}, not DELORA; load it with PEFT"
+        )
+    tensors, _ = _read_tensors(folder / _PEFT_WEIGHTS)
+    base = {"base_model": str(values.get("base_model_name_or_path") or "")}
+    return Adapter({"": {n.removeprefix(_PEFT_PREFIX): t for n, t in tensors.items()}}, {"": _from_peft(values)}, base)
+
+
+def _from_peft(values: Mapping[str, Any]) -> DeloraConfig:
+    known = {name: values[name] for name in DeloraConfig.__dataclass_fields__ if values.get(name) is not None}
+    known["init_weights"] = "zero" if values.get("init_weights", True) else "kaiming"
+    return DeloraConfig(**known)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if path.suffix != ".safetensors":
+        raise AdapterFileError(f"{path} is not a .safetensors file; other formats can carry code and are not read")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(
+            f"cannot read {path}: {error}; it is damaged or incomplete, copy or train it again"
+        ) from error
+
+
+def _described(tensors: Mapping[str, Tensor]) -> str:
+    names = list(tensors)
+    if any("delora_" in name for name in names):
+        return "its tensors are DeLoRA's, but the header is missing; for a PEFT file give the folder it came in"
+    if any("lora_A" in name or "lora_down" in name for name in names):
+        return "it is a LoRA; load it with pipe.load_lora_weights"
+    if any("hada_" in name or "lokr_" in name for name in names):
+        return "it is a LyCORIS adapter (LoHa or LoKr); load it where that is supported"
+    return f"it holds {len(names)} tensors such as {', '.join(names[:2]) or '(none)'}"
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = [FILE_NAME, _PEFT_CONFIG, _PEFT_WEIGHTS]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise AdapterFileError(f"there is no adapter at {repo}: no such file or folder") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterFileError(
+            f"there is no file or folder {repo}, and the Hub did not give one of that name: {error}"
+        ) from error

@@ -1,0 +1,90 @@
+"""Loading a base pipeline, and the folder a run writes to."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .adapter_file import FILE_NAME
+from .checkpoint import checkpoints
+from .config import ModelConfig, TrainingConfig
+from .options import OptionError
+
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+_NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+class BaseModelError(ValueError):
+    """A base model that cannot be loaded; the message says what was asked, what was found and what to do."""
+
+
+def load_base(model: ModelConfig, *, precision: str) -> Any:
+    """The base pipeline on the CPU, without parts that training does not need; the VAE is always fp32.
+
+    Args:
+        precision: accelerate's mixed precision (no, bf16, fp16), which `base_dtype` "auto" follows.
+
+    Raises:
+        BaseModelError: nothing there, or not a pipeline.
+    """
+    from diffusers import DiffusionPipeline
+
+    path = model.pretrained_model_name_or_path
+    dtype = DTYPE[precision if model.base_dtype == "auto" else model.base_dtype]
+    where = {"revision": model.revision, "variant": model.variant}
+    try:
+        listed = DiffusionPipeline.load_config(path, revision=model.revision)
+        unused = {name: None for name in _NOT_NEEDED if name in listed}
+        dtypes = {"default": dtype, "vae": torch.float32}
+        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtypes, **where, **unused)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        if Path(path).is_dir():
+            raise BaseModelError(
+                f"cannot load the base model in {path}: {first} A base is a folder in diffusers' layout, with "
+                f"model_index.json, unet/ (or transformer/), vae/, text_encoder/, tokenizer/ and scheduler/"
+            ) from error
+        raise BaseModelError(f"there is no base model {path}, neither as a folder nor on the Hub: {first}") from error
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False)
+    return pipe
+
+
+def quiet_libraries() -> None:
+    """Keep diffusers' and transformers' notes on optional packages out of what a command prints."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    for noisy in ("httpx", "PIL", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def prepare_output(training: TrainingConfig) -> Path:
+    """The run's output folder, ready to be written to.
+
+    Raises:
+        OptionError: it holds another run, which is neither resumed nor to be overwritten.
+    """
+    out = Path(training.output_dir)
+    if out.exists() and not out.is_dir():
+        raise OptionError(f"output_dir {out} is a file; give a folder")
+    ours = [p for p in (out / FILE_NAME, out / "config.yaml", out / "log.jsonl", out / "previews") if p.exists()]
+    if training.overwrite_output_dir and not training.resume_from_checkpoint:
+        for path in [*ours, *checkpoints(out)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif (ours or checkpoints(out)) and not training.resume_from_checkpoint:
+        found = ", ".join(p.name for p in [*ours, *checkpoints(out)])
+        raise OptionError(
+            f"output_dir {out} holds another run ({found}); give another folder, continue it with "
+            f"--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    return out

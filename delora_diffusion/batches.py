@@ -1,0 +1,105 @@
+"""Which examples a step is made of, and the loss on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .data import Example, View
+from .draw import derived_seed
+from .encode import Encoded
+from .families import Conditioning, Family, stack_conditioning
+from .objective import Objective
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is trained on: photos of the subject, images of its class, and everything cached about them.
+
+    `conditioning` holds the encoded captions; it is None while a text encoder is trained, and captions are then
+    encoded at every step by `encode`.
+    """
+
+    instances: Sequence[Example]
+    classes: Sequence[Example]
+    latents: dict[str, Encoded]
+    size: int
+    conditioning: dict[str, Conditioning] | None
+    encode: Callable[[Sequence[str]], Conditioning]
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One place of a batch: an example, the view of it, and the seed of its noise."""
+
+    example: Example
+    view: View
+    seed: int
+
+
+def picks(examples: Examples, *, seed: int, step: int, count: int) -> list[list[Pick]]:
+    """The batch of an optimiser step, over all processes: `count` places, each a photo and, with the prior, a class
+    image. Photos come in a new random order in every pass over them."""
+    return [
+        [
+            _pick(group, seed, step, step * count + place, kind)
+            for kind, group in (("instance", examples.instances), ("class", examples.classes))
+            if group
+        ]
+        for place in range(count)
+    ]
+
+
+def _pick(group: Sequence[Example], seed: int, step: int, position: int, kind: str) -> Pick:
+    epoch, place = divmod(position, len(group))
+    order = torch.randperm(len(group), generator=torch.Generator().manual_seed(derived_seed(seed, kind, epoch)))
+    example = group[int(order[place])]
+    own = derived_seed(seed, kind, "pick", position)
+    return Pick(example, example.views[own % len(example.views)], own)
+
+
+def batch_loss(
+    batch: Sequence[Pick],
+    examples: Examples,
+    denoiser: nn.Module,
+    family: Family,
+    objective: Objective,
+    *,
+    total_weight: float,
+    snr_gamma: float | None,
+    device: torch.device,
+) -> Tensor:
+    """The part of a step's loss that falls on `batch`: sum_i weight_i |prediction_i - target_i|^2 / total_weight.
+
+    Args:
+        total_weight: summed example weights of the whole step, over all batches and processes.
+    """
+    latents, noise, t = (
+        torch.cat(parts) for parts in zip(*(_sampled(p, examples, objective) for p in batch), strict=True)
+    )
+    x_t, target = objective.noised(latents, noise, t)
+    captions = [p.example.caption for p in batch]
+    if examples.conditioning is None:
+        cond = examples.encode(captions)
+    else:
+        cond = stack_conditioning([examples.conditioning[caption] for caption in captions])
+    dtype = next(p.dtype for p in denoiser.parameters() if p.is_floating_point())
+    cond = {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in cond.items()
+    }
+    prediction = family.predict(denoiser, x_t.to(device, dtype), t.to(device), cond)
+    weight = torch.tensor([p.example.weight for p in batch]) * objective.snr_weight(t, snr_gamma)
+    error = (prediction.float() - target.to(device)).square().flatten(1).mean(1)
+    return (weight.to(device) * error).sum() / total_weight
+
+
+def _sampled(pick: Pick, examples: Examples, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents drawn from the posterior (1, C, h, w), noise (1, C, h, w) and timestep (1,) of one place."""
+    generator = torch.Generator().manual_seed(pick.seed)
+    posterior = examples.latents[pick.example.key(pick.view, examples.size)]
+    shape = posterior["mean"].shape
+    latents = posterior["mean"] + posterior["std"] * torch.randn(shape, generator=generator)
+    return latents, torch.randn(shape, generator=generator), objective.sample_timestep(generator)

@@ -1,0 +1,175 @@
+"""Training state on disk: complete or absent, tensors and JSON only, enough to go on bit for bit.
+
+Noise, timesteps and the order of photos are functions of (seed, step), so no state of a random generator is stored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .adapter_file import AdapterFileError, read_adapter, write_adapter
+from .files import complete_folder
+
+#: Options that may differ between a run and its continuation: they do not change what a step computes, or what they
+#: stand for (base, photos, photos per step, schedule) is compared by content in `Progress.identity`.
+FREE_OPTIONS = frozenset(
+    {
+        *("pretrained_model_name_or_path", "revision", "variant", "instance_data_dir", "class_data_dir", "cache_dir"),
+        *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_train_steps"),
+        *("output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit"),
+        *("resume_from_checkpoint", "lambda_warmup_steps", "report_to", "push_to_hub", "hub_model_id"),
+        *("validation_prompt", "validation_steps", "num_validation_images", "validation_guidance_scale"),
+        *("validation_num_inference_steps", "validation_negative_prompt"),
+    }
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which, why and what to do."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: optimiser steps done, the options it was started with, what it trains on."""
+
+    step: int
+    options: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    progress: Progress,
+    adapter: Any,
+    optimizer: torch.optim.Optimizer,
+    ema: Mapping[str, Tensor] | None,
+) -> None:
+    """Write everything a continuation needs into `folder`, which is complete or absent."""
+    tensors, numbers = _flatten(optimizer.state_dict())
+    state = {"step": progress.step, "options": progress.options, "identity": progress.identity, "optimizer": numbers}
+    with complete_folder(folder) as aside:
+        write_adapter(aside, adapter)
+        save_file(tensors, aside / "optimizer.safetensors")
+        if ema is not None:
+            save_file({name: t.cpu().contiguous() for name, t in ema.items()}, aside / "ema.safetensors")
+        (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where the run in a checkpoint stands.
+
+    Raises:
+        CheckpointError: `folder` is no complete checkpoint.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return Progress(state["step"], state["options"], state["identity"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is no checkpoint ({error}); give a checkpoint-N folder, or latest") from error
+
+
+def read_checkpoint(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Tensor] | None]:
+    """The adapter and the moving average (if any) in a checkpoint; the optimiser is filled in place.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    try:
+        adapter = read_adapter(folder)
+        numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))["optimizer"]
+        optimizer.load_state_dict(_unflatten(load_file(folder / "optimizer.safetensors"), numbers))
+        average = folder / "ema.safetensors"
+        return adapter, load_file(average) if average.is_file() else None
+    except (AdapterFileError, SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot resume from {folder}: {error}; resume from an earlier checkpoint") from error
+
+
+def check_continues(folder: Path, then: Progress, now: Progress) -> None:
+    """Refuse a continuation that would not compute what the run computed.
+
+    Raises:
+        CheckpointError: other photos, another base, or options that differ (all are listed).
+    """
+    before, after = then.options | then.identity, now.options | now.identity
+    changed = [f"{k} was {before.get(k)!r} and is {after.get(k)!r}" for k in after
+               if k not in FREE_OPTIONS and before.get(k) != after.get(k)]  # fmt: skip
+    if changed:
+        raise CheckpointError(
+            f"{folder} belongs to another run: {'; '.join(changed)}; set these back, or start afresh without "
+            f"resume_from_checkpoint in another output_dir"
+        )
+
+
+def find_checkpoint(output_dir: Path, asked: str) -> Path | None:
+    """The checkpoint folder that `--resume_from_checkpoint` means; None for "latest" when there is none yet.
+
+    Raises:
+        CheckpointError: a named folder that does not exist.
+    """
+    if asked == "latest":
+        return max(checkpoints(output_dir), key=_step_of, default=None)
+    for folder in (Path(asked), output_dir / asked):
+        if folder.is_dir():
+            return folder
+    have = ", ".join(p.name for p in checkpoints(output_dir)) or "none"
+    raise CheckpointError(f"no checkpoint {asked}; {output_dir} has: {have}")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    return sorted(
+        (p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)), key=_step_of
+    )
+
+
+def keep_newest(output_dir: Path, limit: int | None) -> None:
+    """Delete all but the newest `limit` checkpoints."""
+    if limit is not None:
+        for folder in checkpoints(output_dir)[:-limit]:
+            shutil.rmtree(folder)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as tensors by name, and the rest as plain values."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {"groups": state["param_groups"], "state": {}}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous().clone()
+            else:
+                numbers["state"].setdefault(str(index), {})[key] = value
+    for number, group in enumerate(state["param_groups"]):
+        for key in [key for key, value in group.items() if isinstance(value, Tensor)]:
+            tensors[f"group.{number}.{key}"] = group[key].detach().cpu()
+            group[key] = None
+    return tensors, numbers
+
+
+def _unflatten(tensors: Mapping[str, Tensor], numbers: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in numbers["state"].items()}
+    groups = numbers["groups"]
+    for name, tensor in tensors.items():
+        owner, _, key = name.partition(".")
+        if owner == "group":
+            number, _, key = key.partition(".")
+            groups[int(number)][key] = tensor
+        else:
+            state.setdefault(int(owner), {})[key] = tensor
+    return {"state": state, "param_groups": groups}

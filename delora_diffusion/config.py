@@ -1,0 +1,163 @@
+"""Every option of the trainer, one frozen dataclass per concern.
+
+Names are those of diffusers' DreamBooth scripts where the meaning is the same. `options.py` turns these into flags,
+YAML keys and the README's table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .options import OptionError, option
+from .targets import BIAS_CHOICES, INIT_CHOICES
+
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+PRECISIONS = ("no", "fp16", "bf16")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model."""
+
+    pretrained_model_name_or_path: str = option("", "folder or Hub id of the base pipeline, in diffusers' layout")
+    revision: str | None = option(None, "revision of the base on the Hub")
+    variant: str | None = option(None, "variant of the base's weight files, e.g. fp16")
+    base_dtype: str = option(
+        "auto", "precision of the frozen weights; auto follows mixed_precision, fp32 without it", choices=DTYPES
+    )
+
+    def __post_init__(self) -> None:
+        if not self.pretrained_model_name_or_path:
+            raise OptionError("pretrained_model_name_or_path is missing; give the folder or Hub id of a base model")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The adapter."""
+
+    rank: int = option(16, "rank of the update in every layer")
+    delora_lambda: float = option(4.0, "initial lambda: the strength, |dW| <= lambda * largest column norm of W")
+    init_weights: str = option("zero", "start of A and B", choices=INIT_CHOICES)
+    lambda_warmup_steps: int | None = option(
+        None, "ramp the strength linearly from 0 over this many steps; unset: a fifth of max_train_steps"
+    )
+    module_dropout: float = option(0.0, "dropout on the adapters' inputs")
+    target_modules: str | list[str] | None = option(
+        None, "layers to adapt: names, one regex, or all-linear; unset: the attention projections"
+    )
+    exclude_modules: str | list[str] | None = option(None, "layers to leave out, in the same forms")
+    rank_pattern: dict[str, int] = option({}, "ranks that differ, {name or regex: rank}")
+    lambda_pattern: dict[str, float] = option({}, "lambdas that differ, {name or regex: lambda}")
+    bias: str = option("none", "biases trained in full", choices=BIAS_CHOICES)
+    train_text_encoder: bool = option(False, "adapt the text encoder as well")
+    text_encoder_rank: int | None = option(None, "rank there; unset: rank")
+    text_encoder_lambda: float | None = option(None, "initial lambda there; unset: delora_lambda")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The photos."""
+
+    instance_data_dir: str = option("", "folder with the photos of the subject")
+    instance_prompt: str | None = option(
+        None, 'caption of photos that have none beside them (PHOTO.txt, metadata.jsonl), e.g. "a photo of sks dog"'
+    )
+    with_prior_preservation: bool = option(False, "also train on images of the class, so that it keeps its looks")
+    class_data_dir: str | None = option(None, "folder with those; missing ones are generated there by the base model")
+    class_prompt: str | None = option(None, 'their caption, e.g. "a photo of a dog"')
+    num_class_images: int = option(100, "how many of them")
+    prior_loss_weight: float = option(1.0, "weight of a class image in the loss")
+    resolution: int = option(
+        512, "side of the training pictures in pixels; photos are resized to cover it and cropped"
+    )
+    center_crop: bool = option(True, "crop the middle; --no-center_crop cuts `num_crops` places at random instead")
+    num_crops: int = option(4, "crops of each photo with --no-center_crop")
+    random_flip: bool = option(False, "mirror photos at random (not for text, logos or asymmetric subjects)")
+    cache_dir: str | None = option(None, "keep encoded photos and captions here between runs; unset: in memory")
+
+    def __post_init__(self) -> None:
+        if not self.instance_data_dir:
+            raise OptionError("instance_data_dir is missing; give the folder with the photos of the subject")
+        if self.with_prior_preservation and not (self.class_data_dir and self.class_prompt):
+            raise OptionError(
+                "with_prior_preservation needs class_data_dir (an empty folder will do: missing images are generated) "
+                'and class_prompt, e.g. "a photo of a dog"'
+            )
+        if not self.with_prior_preservation and (self.class_data_dir or self.class_prompt):
+            raise OptionError(
+                "class_data_dir and class_prompt do nothing without with_prior_preservation; add it, or drop them"
+            )
+        _at_least(self, 1, "num_class_images", "num_crops")
+        _at_least(self, 0, "prior_loss_weight")
+        if self.resolution < 8 or self.resolution % 8:
+            near = max(8, round(self.resolution / 8) * 8)
+            raise OptionError(f"resolution is {self.resolution}; it must be a multiple of 8, e.g. {near}")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Training."""
+
+    output_dir: str = option("delora-model", "folder for everything the run writes")
+    overwrite_output_dir: bool = option(False, "start afresh in a folder that holds another run")
+    seed: int = option(0, "seed of everything random")
+    max_train_steps: int = option(500, "optimiser steps")
+    train_batch_size: int = option(1, "photos per step and process (class images come on top)")
+    gradient_accumulation_steps: int = option(1, "batches per optimiser step")
+    gradient_checkpointing: bool = option(False, "less memory for a fifth more time")
+    mixed_precision: str | None = option(None, "autocast; unset: as accelerate is set up", choices=PRECISIONS)
+    optimizer: str = option("adamw", "optimiser", choices=OPTIMIZERS)
+    learning_rate: float = option(1e-3, "learning rate of the directions A and B (prodigy: use 1)")
+    lambda_learning_rate: float = option(1e-3, "learning rate of the strengths lambda; 0 keeps them fixed")
+    text_encoder_lr: float | None = option(None, "learning rate of A and B in the text encoder; unset: learning_rate")
+    adam_beta1: float = option(0.9, "decay of the first moment")
+    adam_beta2: float = option(0.999, "decay of the second moment")
+    adam_epsilon: float = option(1e-8, "epsilon of the optimiser")
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: do not")
+    lr_scheduler: str = option("constant", "schedule of the learning rates, in optimiser steps", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int = option(0, "steps of learning-rate warm-up")
+    snr_gamma: float | None = option(None, "min-SNR weighting of the loss with this gamma (5 is usual)")
+    use_ema: bool = option(False, "save an exponential moving average of the adapter")
+    ema_decay: float = option(0.99, "its decay")
+    checkpointing_steps: int = option(500, "steps between checkpoints; 0: only when interrupted")
+    checkpoints_total_limit: int | None = option(None, "keep only the newest checkpoints")
+    resume_from_checkpoint: str | None = option(None, 'a checkpoint folder, or "latest" of output_dir')
+    report_to: str | None = option(None, "tracker: tensorboard, wandb, ... (accelerate's names)")
+    push_to_hub: bool = option(False, "upload the result to the Hub")
+    hub_model_id: str | None = option(None, "name of the repository there; unset: the name of output_dir")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
+        _at_least(self, 0, "learning_rate", "lambda_learning_rate", "max_grad_norm", "lr_warmup_steps")
+        _at_least(self, 0, "checkpointing_steps")
+        if self.checkpoints_total_limit is not None:
+            _at_least(self, 1, "checkpoints_total_limit")
+        if not 0 <= self.ema_decay < 1:
+            raise OptionError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            raise OptionError(f"snr_gamma is {self.snr_gamma}; it must be positive (5 is usual), or left out")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Previews."""
+
+    validation_prompt: list[str] = option([], "prompts of the previews; none: no previews")
+    validation_steps: int = option(
+        100, "steps between previews; there is always one before the first step and one at the end"
+    )
+    num_validation_images: int = option(4, "images per prompt, with fixed seeds")
+    validation_guidance_scale: float = option(7.5, "guidance of the previews")
+    validation_num_inference_steps: int = option(25, "sampling steps of the previews")
+    validation_negative_prompt: str | None = option(None, "negative prompt of the previews")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "validation_steps", "num_validation_images", "validation_num_inference_steps")
+
+
+def _at_least(config: object, minimum: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < minimum:
+            raise OptionError(f"{name} is {getattr(config, name)}; it must be at least {minimum}")

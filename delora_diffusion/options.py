@@ -1,0 +1,220 @@
+"""Frozen dataclasses as options: one definition becomes command-line flags, YAML keys and a table for the README.
+
+A field is declared with `option(default, help)`; its name is the flag and the YAML key. Precedence: default, then the
+YAML file given with `--config`, then the command line. Unknown keys and wrong types are errors that say what to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+
+class OptionError(ValueError):
+    """An option that cannot be used; the message names it, says what was found and what to do."""
+
+
+def option(default: Any, help: str, *, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field that is an option. `default` is a value, or a list or dict that is copied."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(argv: Sequence[str], *groups: type, prog: str, description: str) -> list[Any]:
+    """Read the command line (and the YAML file it names) into one instance of each dataclass in `groups`.
+
+    Raises:
+        SystemExit: after printing help, or one line about what is wrong (exit code 2, argparse's convention).
+    """
+    parser = _Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line overrides it")
+    for group in groups:
+        section = parser.add_argument_group((group.__doc__ or group.__name__).splitlines()[0].rstrip("."))
+        for field in dataclasses.fields(group):
+            _add_flag(section, group, field)
+    given = vars(parser.parse_args(list(argv)))
+    try:
+        path = given.pop("config", None)
+        fields = _fields(groups)
+        given = {key: _coerce(*fields[key], value) for key, value in given.items()}
+        values = (read_yaml(path, *groups) if path else {}) | given
+        return [build(group, values) for group in groups]
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def read_yaml(path: str | Path, *groups: type) -> dict[str, Any]:
+    """The options in a YAML file, checked against `groups`.
+
+    Raises:
+        OptionError: no such file, not YAML, not a mapping, an unknown key (with the nearest known one), a wrong type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"cannot read --config {path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise OptionError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values or {}, dict):
+        raise OptionError(f"{path} holds a {type(values).__name__}; it must be a list of `option: value` lines")
+    fields = _fields(groups)
+    for key in values or {}:
+        if key not in fields:
+            raise OptionError(f"{path}: unknown option {key!r}{_suggestion(str(key), fields)}")
+    return {key: _coerce(*fields[key], value, source=f"{path}: ") for key, value in (values or {}).items()}
+
+
+def build(group: type, values: dict[str, Any]) -> Any:
+    """An instance of the dataclass `group` from those of `values` that are its fields, each checked."""
+    chosen = {f.name: _coerce(group, f, values[f.name]) for f in dataclasses.fields(group) if f.name in values}
+    return group(**chosen)
+
+
+def to_yaml(*configs: Any) -> str:
+    """Every option of the given instances as a YAML file that `parse` reads back to the same values."""
+    parts = []
+    for config in configs:
+        title = (type(config).__doc__ or type(config).__name__).splitlines()[0].rstrip(".")
+        parts.append(f"# {title}\n" + yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+    return "\n".join(parts)
+
+
+def to_table(*groups: type) -> str:
+    """A Markdown table of all options, for the README."""
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for group in groups:
+        for field in dataclasses.fields(group):
+            choices = field.metadata.get("choices")
+            meaning = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+            default = _default(field)
+            shown = (
+                "" if default is None or default in ("", [], {}) else f"`{yaml.safe_dump(default).splitlines()[0]}`"
+            )
+            lines.append(f"| `--{field.name}` | {shown} | {meaning} |")
+    return "\n".join(lines)
+
+
+def _fields(groups: Sequence[type]) -> dict[str, tuple[type, dataclasses.Field[Any]]]:
+    return {field.name: (group, field) for group in groups for field in dataclasses.fields(group)}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with a suggestion for an unknown flag."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            flags = {flag.lstrip("-"): None for flag in self._option_string_actions}
+            hint = _suggestion(name.lstrip("-"), flags, "--") if name.startswith("-") else "; quote values with spaces"
+            self.error(f"unknown option {name}{hint}")
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class _OneOrMore(argparse.Action):
+    """One value stays a value, several become a list (`--target_modules all-linear`, `--target_modules to_q to_k`)."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
+def _suggestion(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else "; see --help for all options"
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _add_flag(section: argparse._ArgumentGroup, group: type, field: dataclasses.Field[Any]) -> None:
+    kinds, is_list = _kinds(group, field)
+    default = _default(field)
+    text = field.metadata["help"].replace("%", "%%") + ("" if default in (None, [], {}, "") else f" [{default}]")
+    flag = f"--{field.name}"
+    if bool in kinds:
+        section.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    elif is_list:
+        action = _OneOrMore if _also_plain(group, field) else "store"
+        section.add_argument(flag, nargs="+", action=action, metavar=field.name.upper(), help=text)
+    else:
+        section.add_argument(flag, metavar=field.name.upper(), help=text)
+
+
+def _kinds(group: type, field: dataclasses.Field[Any]) -> tuple[set[type], bool]:
+    """The plain types a field accepts (None left out), and whether it is a list of them."""
+    hint = typing.get_type_hints(group)[field.name]
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    lists = [o for o in options if typing.get_origin(o) is list]
+    kinds = {k for o in lists for k in typing.get_args(o)} | {
+        typing.get_origin(o) or o for o in options if o not in lists
+    }
+    return kinds - {type(None)}, bool(lists)
+
+
+def _coerce(group: type, field: dataclasses.Field[Any], value: Any, source: str = "") -> Any:
+    """`value` as the field's type, or an OptionError that says what was expected."""
+    if value is None:
+        return None if _default(field) is None else _default(field)
+    kinds, is_list = _kinds(group, field)
+    if is_list:
+        if isinstance(value, (list, tuple)):
+            made: Any = [_scalar(kinds, item, field, source) for item in value]
+        else:
+            made = _scalar(kinds, value, field, source)
+            made = made if _also_plain(group, field) else [made]
+    else:
+        made = _scalar(kinds, value, field, source)
+    choices = field.metadata.get("choices")
+    for item in made if isinstance(made, list) else [made]:
+        if choices and item not in choices:
+            hint = _suggestion(str(item), choices) if isinstance(item, str) else ""
+            raise OptionError(
+                f"{source}{field.name} is {item!r}; choose one of {', '.join(choices)}{hint.split('; see')[0]}"
+            )
+    return made
+
+
+def _also_plain(group: type, field: dataclasses.Field[Any]) -> bool:
+    """Whether the field takes a single value as well as a list (`str | list[str]`)."""
+    hint = typing.get_type_hints(group)[field.name]
+    return isinstance(hint, types.UnionType) and str in typing.get_args(hint)
+
+
+def _scalar(kinds: set[type], value: Any, field: dataclasses.Field[Any], source: str) -> Any:
+    if dict in kinds:
+        made = yaml.safe_load(value) if isinstance(value, str) else value
+        if isinstance(made, dict):
+            return made
+    elif bool in kinds:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+    elif int in kinds or float in kinds:
+        for kind in (int, float):
+            if kind in kinds and not isinstance(value, bool):
+                try:
+                    made = kind(value)
+                except (TypeError, ValueError):
+                    continue
+                if kind is float or not isinstance(value, float) or made == value:
+                    return made
+    elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    expected = " or ".join(sorted({"dict": "a mapping {name: value}", "bool": "true or false", "int": "a whole number",
+                                   "float": "a number", "str": "text"}[k.__name__] for k in kinds))  # fmt: skip
+    raise OptionError(f"{source}{field.name} is {value!r}; it must be {expected}")

@@ -1,0 +1,275 @@
+"""DeLoRA adapters on a diffusers pipeline: diffusers' LoRA verbs, with delora in the name.
+
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    load_delora_weights(pipe, "my-dog/", adapter_name="dog")
+    set_adapters(pipe, ["dog"], [0.8])
+    fuse_delora(pipe)          # as fast as the base;   unfuse_delora(pipe) gives it back bit for bit
+
+Adapters stay in the components (`pipe.unet`, `pipe.text_encoder`), so they are still there in another pipeline that
+is made from the same components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import inject, merge
+from .adapter_file import Adapter, AdapterFileError, read_adapter, write_adapter
+from .families import family_of
+from .state import delora_state_dict, load_delora_state_dict
+from .targets import DeloraConfig
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded: the adapter's name, and how many layers of each component it adapts."""
+
+    adapter_name: str
+    layers: dict[str, int]
+
+
+def load_delora_weights(
+    pipe: Any,
+    source: str | Path | Adapter,
+    adapter_name: str | None = None,
+    *,
+    revision: str | None = None,
+    check_base: bool = True,
+) -> LoadReport:
+    """Load an adapter into the components of a pipeline and make it the active one, at strength 1.
+
+    Args:
+        source: a native file, a folder that holds one, a PEFT folder, a Hub id, or an `Adapter`.
+        adapter_name: a name not in use; "default", "default_1", ... if None.
+        check_base: refuse an adapter that was trained on another base.
+
+    Raises:
+        AdapterFileError: no adapter there, or one for components that the pipeline lacks.
+        ValueError: tensors that do not fit, or another base. The pipeline is as it was before the call.
+    """
+    adapter = source if isinstance(source, Adapter) else read_adapter(source, revision=revision)
+    parts = _assigned(pipe, adapter)
+    taken = {name for module in components(pipe).values() for name in _names(module)}
+    if adapter_name is None:
+        adapter_name = next(
+            n for n in ("default", *(f"default_{i}" for i in range(1, len(taken) + 2))) if n not in taken
+        )
+    elif adapter_name in taken:
+        raise ValueError(
+            f"the pipeline has an adapter {adapter_name!r} already; delete_adapters it, or choose another name"
+        )
+    done: dict[str, int] = {}
+    try:
+        for component, (config, tensors) in parts.items():
+            module = getattr(pipe, component)
+            done[component] = len(inject.inject_delora(module, config, adapter_name))
+            load_delora_state_dict(module, tensors, adapter_name, check_base=check_base)
+            module.requires_grad_(False)
+    except (ValueError, TypeError) as error:
+        for component in done:
+            if adapter_name in _names(getattr(pipe, component)):
+                inject.remove_delora(getattr(pipe, component), adapter_name)
+        raise ValueError(f"{type(pipe).__name__}.{component}: {error}") from error
+    for component, module in components(pipe).items():
+        if component not in done and _names(module):
+            inject.set_delora_adapters(module, [])
+    return LoadReport(adapter_name, done)
+
+
+def save_delora_weights(
+    directory: str | Path,
+    source: Any,
+    adapter_name: str = "default",
+    *,
+    provenance: Mapping[str, str] | None = None,
+) -> Path:
+    """Write one adapter of a pipeline, or of modules given as {component: module}, as a native file.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: no component has an adapter of that name.
+    """
+    modules = source if isinstance(source, Mapping) else components(source)
+    return write_adapter(Path(directory), collect(modules, adapter_name, provenance=provenance))
+
+
+def collect(
+    modules: Mapping[str, nn.Module],
+    adapter_name: str,
+    *,
+    provenance: Mapping[str, str] | None = None,
+    at_current_weight: bool = True,
+) -> Adapter:
+    """One adapter out of the modules that carry it.
+
+    Args:
+        at_current_weight: at the strength it has now, which a lambda ramp may not have brought to 1 yet.
+    """
+    having = {component: module for component, module in modules.items() if adapter_name in _names(module)}
+    if not having:
+        raise ValueError(f"none of {', '.join(modules)} has an adapter called {adapter_name!r}")
+    tensors = {c: delora_state_dict(m, adapter_name, at_current_weight=at_current_weight) for c, m in having.items()}
+    return Adapter(
+        tensors, {c: inject.delora_config(m, adapter_name) for c, m in having.items()}, dict(provenance or {})
+    )
+
+
+def set_adapters(pipe: Any, names: str | Sequence[str], weights: float | Sequence[float] = 1.0) -> None:
+    """Make exactly these adapters active, each at its strength: 1 as trained, 0 the base.
+
+    Raises:
+        ValueError: an unknown name, a wrong number of weights, or fused adapters.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    values = [float(weights)] * len(names) if isinstance(weights, (int, float)) else [float(w) for w in weights]
+    _check_known(pipe, names)
+    if len(values) != len(names):
+        raise ValueError(f"{len(names)} adapters but {len(values)} weights; give one weight, or one for each adapter")
+    for module in _adapted(pipe).values():
+        here = [(name, value) for name, value in zip(names, values, strict=True) if name in _names(module)]
+        inject.set_delora_adapters(module, [name for name, _ in here], [value for _, value in here])
+
+
+def get_active_adapters(pipe: Any) -> list[str]:
+    """Names of the adapters that act."""
+    seen: dict[str, None] = {}
+    for module in _adapted(pipe).values():
+        seen.update(dict.fromkeys(inject.active_delora_adapters(module)))
+    return list(seen)
+
+
+def delete_adapters(pipe: Any, names: str | Sequence[str]) -> None:
+    """Take these adapters out of the pipeline. Fused ones are unfused first."""
+    names = [names] if isinstance(names, str) else list(names)
+    _check_known(pipe, names)
+    for module in _adapted(pipe).values():
+        for name in names:
+            if name in _names(module):
+                inject.remove_delora(module, name)
+
+
+def disable_delora(pipe: Any) -> None:
+    """Let no adapter act until `enable_delora`. Fused ones stay fused."""
+    for module in _adapted(pipe).values():
+        inject.enable_delora(module, False)
+
+
+def enable_delora(pipe: Any) -> None:
+    """The inverse of `disable_delora`."""
+    for module in _adapted(pipe).values():
+        inject.enable_delora(module)
+
+
+def fuse_delora(
+    pipe: Any, adapter_names: str | Sequence[str] | None = None, scale: float = 1.0
+) -> dict[str, merge.MergeReport]:
+    """Add the adapters (the active ones if None) to the weights, at their strengths times `scale`.
+
+    Returns:
+        For each component: layers changed, and the part of the update lost to rounding in a half-precision base.
+
+    Raises:
+        ValueError, TypeError: see `merge_delora`; the weights are then as they were before the call.
+    """
+    names = get_active_adapters(pipe) if adapter_names is None else adapter_names
+    names = [names] if isinstance(names, str) else list(names)
+    _check_known(pipe, names)
+    reports: dict[str, merge.MergeReport] = {}
+    for component, module in _adapted(pipe).items():
+        here = [name for name in names if name in _names(module)]
+        try:
+            reports[component] = merge.merge_delora(module, here, scale=scale)
+        except (ValueError, TypeError):
+            for done in reports:
+                merge.unmerge_delora(getattr(pipe, done))
+            raise
+    return reports
+
+
+def unfuse_delora(pipe: Any) -> None:
+    """Restore the weights of the base, bit for bit; the adapters act beside them again."""
+    for module in _adapted(pipe).values():
+        merge.unmerge_delora(module)
+
+
+def unload_delora_weights(pipe: Any) -> None:
+    """Take all adapters out; the pipeline is the base again, bit for bit."""
+    for module in _adapted(pipe).values():
+        inject.remove_delora(module)
+
+
+def load_pipeline(
+    base: str | Path, *adapters: str | Path, weights: float | Sequence[float] | None = None, **from_pretrained: Any
+) -> Any:
+    """A plain diffusers pipeline of `base` with adapters fused into it, ready to sample.
+
+    Args:
+        base: folder or Hub id of the base pipeline.
+        adapters: what `load_delora_weights` takes.
+        weights: one strength, or one for each adapter; 1 if None.
+        from_pretrained: passed to `DiffusionPipeline.from_pretrained` (torch_dtype, variant, ...).
+    """
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(str(base), **from_pretrained)
+    names = [load_delora_weights(pipe, adapter).adapter_name for adapter in adapters]
+    set_adapters(pipe, names, 1.0 if weights is None else weights)
+    for module in _adapted(pipe).values():
+        merge.merge_delora(module, permanently=True)
+    return pipe
+
+
+def components(pipe: Any) -> dict[str, nn.Module]:
+    """The components of a pipeline that can carry an adapter, by name."""
+    found = {name: getattr(pipe, name, None) for name in family_of(pipe).components()}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def _adapted(pipe: Any) -> dict[str, nn.Module]:
+    return {name: module for name, module in components(pipe).items() if _names(module)}
+
+
+def _names(module: nn.Module) -> list[str]:
+    return inject.delora_names(module)
+
+
+def _check_known(pipe: Any, names: Sequence[str]) -> None:
+    known = {name for module in components(pipe).values() for name in _names(module)}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no adapter is called {name!r}; loaded are: {', '.join(sorted(known)) or '(none)'}")
+
+
+def _assigned(pipe: Any, adapter: Adapter) -> dict[str, tuple[DeloraConfig, dict[str, Tensor]]]:
+    """Which component each part of an adapter is for, with the tensor names that component uses."""
+    family = family_of(pipe)
+    parts = {}
+    for component, tensors in adapter.tensors.items():
+        target = component or family.denoiser
+        module = getattr(pipe, target, None)
+        if not isinstance(module, nn.Module):
+            have = ", ".join(components(pipe))
+            raise AdapterFileError(f"the adapter is for {target!r}, but this {type(pipe).__name__} has only {have}")
+        parts[target] = adapter.configs[component], _renamed(module, tensors)
+    return parts
+
+
+def _renamed(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names with or without the `text_model.` level, which transformers 5.6 took out of CLIPTextModel."""
+    has_level = hasattr(module, "text_model")
+    if (
+        has_level
+        and all(not name.startswith("text_model.") for name in tensors)
+        and hasattr(module.text_model, "encoder")
+    ):
+        return {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+    if not has_level:
+        return {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    return tensors

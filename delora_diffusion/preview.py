@@ -1,0 +1,129 @@
+"""Pictures along the way of a run: previews from the live modules, class images, and the before/after sheet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from .config import ValidationConfig
+from .data import IMAGE_SUFFIXES, load_image
+from .draw import derived_seed, draw, quiet
+from .encode import decode_latents
+from .families import Conditioning, family_of
+from .files import complete_file
+from .sheet import contact_sheet
+
+#: (prompt or its conditioning, the negative one) -> what `draw` takes
+Prompts = tuple[Sequence[str] | Sequence[Conditioning], str | Conditioning | None]
+
+
+def preview(
+    pipe: Any, folder: Path, step: int, config: ValidationConfig, prompts: Prompts, *, size: int, seed: int
+) -> Path:
+    """Draw every prompt with fixed seeds from the live pipeline.
+
+    Writes `folder/step_NNNNNN/` with the images and `folder/step_NNNNNN.png` with all of them.
+
+    Returns:
+        The sheet.
+    """
+    texts, negative = prompts
+    rows = []
+    settings = {
+        "height": size,
+        "width": size,
+        "guidance_scale": config.validation_guidance_scale,
+        "num_inference_steps": config.validation_num_inference_steps,
+    }
+    with on_device(pipe, "vae", getattr(pipe, family_of(pipe).denoiser)), quiet(pipe):
+        for text in texts:
+            seeds = [derived_seed(seed, "preview", number) for number in range(config.num_validation_images)]
+            same: Any = [text] * len(seeds)
+            latents = draw(pipe, same, seeds, negative=negative, output_type="latent", **settings)
+            rows.append(decode_latents(pipe, torch.as_tensor(latents)))
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            with complete_file(folder / f"step_{step:06d}" / f"{row}_{column}.png") as aside:
+                image.save(aside)
+    sheet = folder / f"step_{step:06d}.png"
+    with complete_file(sheet) as aside:
+        contact_sheet(rows, row_labels=config.validation_prompt).save(aside)
+    return sheet
+
+
+def before_after(
+    folder: Path, step: int, config: ValidationConfig, photos: Sequence[Path], destination: Path
+) -> Path | None:
+    """One picture from the previews in `folder`: the photos, every prompt before training, every prompt after it.
+
+    Returns:
+        `destination`, or None when the previews of step 0 or `step` are not there.
+    """
+    columns = len(config.validation_prompt)
+    first, last = folder / "step_000000", folder / f"step_{step:06d}"
+    if not columns or not first.is_dir() or not last.is_dir():
+        return None
+    rows = [[load_image(path) for path in photos[:columns]]]
+    labels = ["photos"]
+    for label, source in (("before", first), ("after", last)):
+        for number in range(min(2, config.num_validation_images)):
+            rows.append([load_image(source / f"{column}_{number}.png") for column in range(columns)])
+            labels.append(label)
+    with complete_file(destination) as aside:
+        contact_sheet(rows, row_labels=labels, column_labels=config.validation_prompt, cell=192).save(aside)
+    return destination
+
+
+@contextlib.contextmanager
+def on_device(pipe: Any, component: str, beside: nn.Module) -> Iterator[None]:
+    """Bring a component that waits in the CPU's memory to the device of another module, for a while."""
+    module: nn.Module = getattr(pipe, component)
+    home = next(module.parameters()).device
+    module.to(next(beside.parameters()).device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+def fill_class_folder(
+    pipe: Any,
+    folder: Path,
+    prompt: str,
+    count: int,
+    *,
+    size: int,
+    seed: int,
+    settings: dict[str, Any],
+    batch_size: int = 4,
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[Any], Any] = iter,
+) -> int:
+    """Draw the images that `folder` lacks to hold `count`, each with its own name and seed, split over processes.
+
+    An image is complete or absent, so an interrupted call is continued by the next.
+
+    Returns:
+        How many images this process drew.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    present = {p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES}
+    foreign = len([name for name in present if not name.startswith("class_")])
+    names = [f"class_{number:05d}.png" for number in range(max(0, count - foreign))]
+    missing = [(number, name) for number, name in enumerate(names) if name not in present][rank::world]
+    with quiet(pipe):
+        for first in progress(range(0, len(missing), batch_size)):
+            part = missing[first : first + batch_size]
+            seeds = [derived_seed(seed, "class", number) for number, _ in part]
+            images: list[Image.Image] = draw(pipe, [prompt] * len(part), seeds, height=size, width=size, **settings)
+            for (_, name), image in zip(part, images, strict=True):
+                with complete_file(folder / name) as aside:
+                    image.save(aside)
+    return len(missing)

@@ -1,0 +1,208 @@
+"""Teach a diffusion model one subject from a handful of photos, with DeLoRA.
+
+    accelerate launch train_scripts/train_dreambooth_delora.py --config my_dog.yaml
+
+All options: `--help`. A YAML file gives the same options by the same names; the command line overrides it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from delora_diffusion.base import BaseModelError, load_base, prepare_output, quiet_libraries
+from delora_diffusion.batches import Examples
+from delora_diffusion.card import push_to_hub, write_card
+from delora_diffusion.checkpoint import CheckpointError
+from delora_diffusion.config import AdapterConfig, DataConfig, ModelConfig, TrainingConfig, ValidationConfig
+from delora_diffusion.data import DataError, class_examples, instance_examples
+from delora_diffusion.draw import derived_seed
+from delora_diffusion.encode import Cache, cache_latents, cache_prompts, fingerprint
+from delora_diffusion.families import FamilyError, family_of
+from delora_diffusion.inject import inject_delora
+from delora_diffusion.objective import ObjectiveError, objective_of
+from delora_diffusion.options import OptionError, parse, to_yaml
+from delora_diffusion.pipeline import save_delora_weights
+from delora_diffusion.preview import before_after, fill_class_folder, preview
+from delora_diffusion.targets import ALL_LINEAR, DeloraConfig, DeloraConfigError
+from delora_diffusion.train import Interrupted, TrainingError, options_of, train
+
+GROUPS = (ModelConfig, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig)
+KNOWN_ERRORS = (OptionError, DataError, BaseModelError, DeloraConfigError, ObjectiveError, FamilyError,
+                CheckpointError, TrainingError, ImportError)  # fmt: skip
+log = logging.getLogger("delora_diffusion.train_dreambooth")
+
+
+def run(
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    data: DataConfig,
+    training: TrainingConfig,
+    validation: ValidationConfig,
+) -> Path:
+    """Train one adapter as the options say; returns the output folder."""
+    accelerator = Accelerator(mixed_precision=training.mixed_precision, log_with=training.report_to,
+                              project_dir=training.output_dir)  # fmt: skip
+    main = accelerator.is_main_process
+    logging.getLogger("delora_diffusion").setLevel(logging.INFO if main else logging.ERROR)
+    _check_tracker(accelerator, training)
+    seed, device, out = training.seed, accelerator.device, Path(training.output_dir)
+
+    # ---- load: photos first, so that a wrong folder is told before anything large is read
+    instances = instance_examples(data, seed=seed)
+    if main:
+        prepare_output(training)
+    accelerator.wait_for_everyone()
+    pipe = load_base(model, precision=accelerator.mixed_precision)
+    family, objective = family_of(pipe), objective_of(pipe.scheduler)
+    encoders = [name for name in family.text_encoders if getattr(pipe, name, None) is not None]
+    denoiser = getattr(pipe, family.denoiser)
+    base_identity = fingerprint(denoiser, pipe.vae, *(getattr(pipe, name) for name in encoders))
+    if main:
+        kept = replace(training, resume_from_checkpoint=None, overwrite_output_dir=False)
+        (out / "config.yaml").write_text(to_yaml(model, adapter, data, kept, validation), encoding="utf-8")
+
+    # ---- class images that are missing are drawn by the base
+    if data.with_prior_preservation and data.class_data_dir and data.class_prompt:
+        pipe.to(device)
+        settings = {"guidance_scale": validation.validation_guidance_scale,
+                    "num_inference_steps": validation.validation_num_inference_steps}  # fmt: skip
+        drawn = fill_class_folder(
+            pipe, Path(data.class_data_dir), data.class_prompt, data.num_class_images, size=data.resolution, seed=seed,
+            settings=settings, rank=accelerator.process_index, world=accelerator.num_processes,
+            progress=lambda batches: tqdm(batches, desc="class images", disable=not main or not len(batches)),
+        )  # fmt: skip
+        log.info("drew %d class images into %s", drawn, data.class_data_dir)
+        accelerator.wait_for_everyone()
+    classes = class_examples(data, seed=seed)
+
+    # ---- encode once; what is encoded needs no encoder any more
+    cache = Cache(Path(data.cache_dir) if data.cache_dir else None)
+    pipe.vae.to(device)
+    latents = cache_latents(
+        cache, pipe.vae, [*instances, *classes], size=data.resolution, identity=fingerprint(pipe.vae),
+        progress=lambda views: tqdm(views, desc="encode", disable=not main),
+    )  # fmt: skip
+    pipe.vae.to("cpu")
+    for name in encoders:
+        getattr(pipe, name).to(device)
+    conditioning, shown = None, (validation.validation_prompt, validation.validation_negative_prompt)
+    if not adapter.train_text_encoder:
+        negative = validation.validation_negative_prompt or ""
+        captions = [e.caption for e in [*instances, *classes]] + [*validation.validation_prompt, negative]
+        tokenizers = [getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in encoders]
+        identity = fingerprint(*(getattr(pipe, name) for name in encoders), *(t.get_vocab() for t in tokenizers))
+        conditioning = cache_prompts(cache, pipe, family, captions, identity=identity)
+        shown = ([conditioning[text] for text in validation.validation_prompt], conditioning[negative])
+        for name in encoders:
+            setattr(pipe, name, None)
+    if not validation.validation_prompt:
+        pipe.vae = None
+
+    # ---- adapt
+    modules = {family.denoiser: denoiser.to(device)}
+    inject_delora(denoiser, _denoiser_config(adapter), generator=_generator(seed, 0))
+    for number, name in enumerate(encoders if adapter.train_text_encoder else [], start=1):
+        modules[name] = getattr(pipe, name)
+        inject_delora(modules[name], _text_encoder_config(adapter), generator=_generator(seed, number))
+    for name, module in modules.items():
+        module.train()
+        if training.gradient_checkpointing and name == family.denoiser:
+            module.enable_gradient_checkpointing()
+        elif training.gradient_checkpointing:
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+
+    # ---- train
+    def show(step: int) -> None:
+        if main and validation.validation_prompt:
+            with accelerator.autocast():
+                preview(pipe, out / "previews", step, validation, shown, size=data.resolution, seed=seed)
+        accelerator.wait_for_everyone()
+
+    options = options_of(model, adapter, data, training, validation)
+    if training.report_to:
+        accelerator.init_trackers("delora_diffusion", config={k: str(v) for k, v in options.items()})
+    examples = Examples(
+        instances, classes, latents, data.resolution, conditioning, lambda texts: family.encode_prompt(pipe, texts)
+    )
+    photos = sorted((e.content, e.caption) for e in [*instances, *classes])
+    train(
+        accelerator, modules, examples, family, objective, adapter=adapter, training=training, options=options,
+        identity={"base model": base_identity, "photos and captions": fingerprint(photos)},
+        preview=show, preview_steps=validation.validation_steps,
+    )  # fmt: skip
+
+    # ---- save
+    if main:
+        provenance = {"base_model": model.pretrained_model_name_or_path, "base_fingerprint": base_identity,
+                      "family": family.name, "steps": str(training.max_train_steps), "seed": str(seed),
+                      "instance_prompt": data.instance_prompt or ""}  # fmt: skip
+        saved = save_delora_weights(out, modules, provenance=provenance)
+        sheet = before_after(out / "previews", training.max_train_steps, validation,
+                             [e.path for e in instances], out / "before_after.png")  # fmt: skip
+        write_card(out, base_model=model.pretrained_model_name_or_path, trigger=data.instance_prompt,
+                   pipeline=type(pipe).__name__, options=options, pictures=[sheet.name] if sheet else [])  # fmt: skip
+        log.info("adapter: %s", saved)
+        if sheet:
+            log.info("before and after: %s", sheet)
+        if training.push_to_hub:
+            log.info("uploaded to %s", push_to_hub(out, training.hub_model_id))
+    accelerator.end_training()
+    return out
+
+
+def _denoiser_config(adapter: AdapterConfig) -> DeloraConfig:
+    return DeloraConfig(
+        r=adapter.rank, delora_lambda=adapter.delora_lambda, target_modules=adapter.target_modules,
+        exclude_modules=adapter.exclude_modules, rank_pattern=adapter.rank_pattern,
+        lambda_pattern=adapter.lambda_pattern, module_dropout=adapter.module_dropout, bias=adapter.bias,
+        init_weights=adapter.init_weights,
+    )  # fmt: skip
+
+
+def _text_encoder_config(adapter: AdapterConfig) -> DeloraConfig:
+    """Targets and patterns name layers of the denoiser; in a text encoder it is the attention, or everything."""
+    return DeloraConfig(
+        r=adapter.text_encoder_rank or adapter.rank,
+        delora_lambda=adapter.delora_lambda if adapter.text_encoder_lambda is None else adapter.text_encoder_lambda,
+        target_modules=ALL_LINEAR if adapter.target_modules == ALL_LINEAR else None,
+        module_dropout=adapter.module_dropout, init_weights=adapter.init_weights,
+    )  # fmt: skip
+
+
+def _generator(seed: int, component: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derived_seed(seed, "init", component))
+
+
+def _check_tracker(accelerator: Accelerator, training: TrainingConfig) -> None:
+    if training.report_to and not accelerator.log_with:
+        name = training.report_to
+        raise OptionError(f'report_to {name}: it is not installed: pip install "delora_diffusion[{name}]"')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the options, run, and say in one line what went wrong, if something did; returns the exit code."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
+    given = sys.argv[1:] if argv is None else argv
+    configs = parse(given, *GROUPS, prog="train_dreambooth_delora", description=(__doc__ or "").splitlines()[0])
+    quiet_libraries()
+    try:
+        run(*configs)
+    except Interrupted as stop:
+        log.warning("%s", stop)
+        return 130
+    except KNOWN_ERRORS as error:
+        log.error("error: %s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
