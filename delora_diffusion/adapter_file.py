@@ -90,7 +90,12 @@ def _read_native(path: Path) -> Adapter:
     tensors, header = _read_tensors(path)
     if header.get("format") != FORMAT:
         raise AdapterFileError(f"{path} is no DeLoRA adapter: {_described(tensors)}")
-    configs = {name: DeloraConfig.from_dict(values) for name, values in json.loads(header["delora_config"]).items()}
+    try:
+        configs = {c: DeloraConfig.from_dict(values) for c, values in json.loads(header["delora_config"]).items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise AdapterFileError(
+            f"{path}: the configuration in its header cannot be read ({error}); it is damaged, or of a newer version"
+        ) from error
     named: dict[str, dict[str, Tensor]] = {component: {} for component in configs}
     for key, tensor in tensors.items():
         component, _, name = key.partition(".")
@@ -103,14 +108,21 @@ def _read_native(path: Path) -> Adapter:
 
 
 def _read_peft(folder: Path) -> Adapter:
-    values = json.loads((folder / _PEFT_CONFIG).read_text(encoding="utf-8"))
+    try:
+        values = dict(json.loads((folder / _PEFT_CONFIG).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise AdapterFileError(f"cannot read {folder / _PEFT_CONFIG}: {error}; it is damaged") from error
     if values.get("peft_type") != "DELORA":
         raise AdapterFileError(
             f"{folder} is a PEFT adapter of type {values.get('peft_type')}, not DELORA; load it with PEFT"
         )
     tensors, _ = _read_tensors(folder / _PEFT_WEIGHTS)
     base = {"base_model": str(values.get("base_model_name_or_path") or "")}
-    return Adapter({"": {n.removeprefix(_PEFT_PREFIX): t for n, t in tensors.items()}}, {"": _from_peft(values)}, base)
+    try:
+        config = _from_peft(values)
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"cannot use the configuration in {folder / _PEFT_CONFIG}: {error}") from error
+    return Adapter({"": {n.removeprefix(_PEFT_PREFIX): t for n, t in tensors.items()}}, {"": config}, base)
 
 
 def _from_peft(values: Mapping[str, Any]) -> DeloraConfig:
@@ -153,5 +165,5 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         raise AdapterFileError(f"there is no adapter at {repo}: no such file or folder") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterFileError(
-            f"there is no file or folder {repo}, and the Hub did not give one of that name: {error}"
+            f"there is no file or folder {repo}, and the Hub gave none of that name: {str(error).splitlines()[0]}"
         ) from error

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .data import Example, View
-from .draw import derived_seed
 from .encode import Encoded
 from .families import Conditioning, Family, stack_conditioning
 from .objective import Objective
+from .seeds import derived_seed
 
 
 @dataclass(frozen=True)

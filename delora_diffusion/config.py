@@ -14,6 +14,18 @@ from .targets import BIAS_CHOICES, INIT_CHOICES
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 PRECISIONS = ("no", "fp16", "bf16")
+#: Short names of samplers, as A1111 and ComfyUI users know them, and diffusers' classes.
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -155,6 +167,46 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "validation_steps", "num_validation_images", "validation_num_inference_steps")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Batch sampling."""
+
+    adapter: list[str] = option([], "adapters to draw with, each by itself: files, folders or Hub ids; none: the base")
+    pretrained_model_name_or_path: str | None = option(
+        None, "folder or Hub id of the base pipeline; unset: the one the adapter was trained on"
+    )
+    output_dir: str = option("delora-samples", "folder for images, manifest.jsonl and contact_sheet.png")
+    prompts: list[str] = option([], "prompts")
+    prompts_file: str | None = option(
+        None, "file with a prompt a line; empty lines and lines that start with # are skipped"
+    )
+    negative_prompt: str | None = option(None, "negative prompt of all images")
+    seeds: list[int] = option(
+        [0], "seeds; the same seed gives the same image in any batch, on any number of processes"
+    )
+    images_per_prompt: int = option(1, "images per prompt and seed")
+    strengths: list[float] = option([1.0], "adapter strengths: 0 is the base, 1 as trained")
+    scheduler: str | None = option(None, "sampler; unset: the base's own", choices=tuple(SCHEDULERS))
+    num_inference_steps: int = option(25, "sampling steps")
+    guidance_scale: float = option(7.5, "classifier-free guidance")
+    height: int | None = option(None, "height in pixels; unset: the base's own size")
+    width: int | None = option(None, "width in pixels; unset: the base's own size")
+    batch_size: int = option(4, "images drawn at once")
+    dtype: str = option("auto", "precision; auto: fp16 on a GPU, fp32 on the CPU", choices=DTYPES)
+    device: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
+
+    def __post_init__(self) -> None:
+        if not self.prompts and not self.prompts_file:
+            raise OptionError("no prompts; give --prompts, or --prompts_file with one a line")
+        if not self.adapter and not self.pretrained_model_name_or_path:
+            raise OptionError(
+                "nothing to draw with; give --adapter, or --pretrained_model_name_or_path for the base alone"
+            )
+        if not self.seeds or not self.strengths:
+            raise OptionError("seeds and strengths need at least one value each")
+        _at_least(self, 1, "images_per_prompt", "num_inference_steps", "batch_size")
 
 
 def _at_least(config: object, minimum: int, *names: str) -> None:

@@ -89,7 +89,9 @@ def find_images(folder: Path, *, option: str) -> list[Path]:
         raise DataError(f"{option} {folder} does not exist; give the folder that holds the photos")
     if not folder.is_dir():
         raise DataError(f"{option} {folder} is a file; give the folder that holds the photos")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    paths = sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and p.name[0] != "."
+    )
     if not paths:
         inside = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
         found = f"holds {', '.join(inside[:5])}" if inside else "is empty"
@@ -111,7 +113,7 @@ def read_captions(folder: Path, paths: Sequence[Path], *, default: str | None) -
     captions = {}
     for path in paths:
         beside = path.with_suffix(".txt")
-        caption = beside.read_text(encoding="utf-8").strip() if beside.is_file() else listed.get(path.name, default)
+        caption = _read_text(beside).strip() if beside.is_file() else listed.get(path.name, default)
         if not caption:
             found = f"{beside.name} is empty" if beside.is_file() else "there is none"
             raise DataError(
@@ -134,16 +136,24 @@ def load_image(path: Path) -> Image.Image:
                 upright = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
             elif upright.mode.startswith("I"):  # 16 bits a pixel: convert() would clip instead of scale
-                upright = Image.fromarray((np.asarray(upright, dtype=np.float64) / 257.0).round().astype(np.uint8))
+                grey = (np.asarray(upright, dtype=np.float64) / 257).round().clip(0, 255)
+                upright = Image.fromarray(grey.astype(np.uint8))
             return upright.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow meets damage with nearly any: OSError, SyntaxError, struct.error, TypeError
         raise DataError(f"cannot read the image {path}: {error}; replace it or take it out of the folder") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}; save it as UTF-8 text") from error
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
     captions = {}
     if path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(_read_text(path).splitlines(), start=1):
             if not line.strip():
                 continue
             try:

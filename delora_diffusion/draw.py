@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
+from .encode import decode_latents
 from .families import Conditioning, stack_conditioning
-
-
-def derived_seed(*parts: Any) -> int:
-    """A seed that depends on all of `parts` and on nothing else, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 @torch.no_grad()
@@ -28,6 +23,8 @@ def draw(
     **settings: Any,
 ) -> list[Image.Image]:
     """One image for each prompt and seed, in one batch. An image depends on its own seed, not on its neighbours.
+
+    The VAE decodes in its own precision, which may be higher than the denoiser's.
 
     Args:
         prompts: texts, or what they were encoded to.
@@ -46,8 +43,8 @@ def draw(
             repeated = stack_conditioning([negative] * len(prompts))
             inputs |= {f"negative_{name}": tensor for name, tensor in _placed(pipe, repeated).items()}
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    images: list[Image.Image] = pipe(**inputs, generator=generators, **settings).images
-    return images
+    latents = pipe(**inputs, generator=generators, output_type="latent", **settings).images
+    return decode_latents(pipe, latents)
 
 
 def _placed(pipe: Any, cond: Conditioning) -> Conditioning:

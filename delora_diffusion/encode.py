@@ -61,17 +61,20 @@ class Cache:
 
 
 def fingerprint(*parts: Any) -> str:
-    """Names the identity of modules (config, and a sample of every tensor) and of anything else (its repr)."""
+    """Names the identity of modules (config, and a sample of every tensor) and of anything else (its repr).
+
+    The order of a dict does not matter: a tokenizer gives its vocabulary in another one on every call.
+    """
     digest = hashlib.sha256()
     for part in parts:
         if not isinstance(part, nn.Module):
-            digest.update(repr(part).encode())
+            digest.update(repr(sorted(part.items()) if isinstance(part, dict) else part).encode())
             continue
         digest.update(json.dumps(_settings(part), sort_keys=True, default=str).encode())
         for name, tensor in part.state_dict().items():
             flat = tensor.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
-            digest.update(f"{name}{tuple(tensor.shape)}{sample.tolist()}".encode())
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}{sample.tolist()}".encode())
     return digest.hexdigest()[:32]
 
 

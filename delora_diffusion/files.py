@@ -26,18 +26,20 @@ def complete_file(path: Path) -> Iterator[Path]:
 def complete_folder(path: Path) -> Iterator[Path]:
     """An empty folder to fill; it takes the place of `path` when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
         yield aside
         for file in aside.rglob("*"):
             _flush(file)
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            os.replace(path, old)  # deleting takes a while, and would leave half a folder when interrupted
         os.replace(aside, path)
         _flush(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

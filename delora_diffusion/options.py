@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -94,12 +95,10 @@ def to_table(*groups: type) -> str:
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for group in groups:
         for field in dataclasses.fields(group):
-            choices = field.metadata.get("choices")
-            meaning = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
             default = _default(field)
-            shown = (
-                "" if default is None or default in ("", [], {}) else f"`{yaml.safe_dump(default).splitlines()[0]}`"
-            )
+            value = yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
+            shown = "" if default in (None, "", [], {}) else f"`{value}`"
+            meaning = _meaning(field).replace("|", r"\|")  # a bare | would end the cell
             lines.append(f"| `--{field.name}` | {shown} | {meaning} |")
     return "\n".join(lines)
 
@@ -140,10 +139,15 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
+def _meaning(field: dataclasses.Field[Any]) -> str:
+    choices = field.metadata["choices"]
+    return str(field.metadata["help"]) + (f" ({', '.join(choices)})" if choices else "")
+
+
 def _add_flag(section: argparse._ArgumentGroup, group: type, field: dataclasses.Field[Any]) -> None:
     kinds, is_list = _kinds(group, field)
     default = _default(field)
-    text = field.metadata["help"].replace("%", "%%") + ("" if default in (None, [], {}, "") else f" [{default}]")
+    text = _meaning(field).replace("%", "%%") + ("" if default in (None, [], {}, "") else f" [{default}]")
     flag = f"--{field.name}"
     if bool in kinds:
         section.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
@@ -170,15 +174,17 @@ def _coerce(group: type, field: dataclasses.Field[Any], value: Any, source: str 
     if value is None:
         return None if _default(field) is None else _default(field)
     kinds, is_list = _kinds(group, field)
-    if is_list:
-        if isinstance(value, (list, tuple)):
-            made: Any = [_scalar(kinds, item, field, source) for item in value]
-        else:
-            made = _scalar(kinds, value, field, source)
-            made = made if _also_plain(group, field) else [made]
+    choices = field.metadata["choices"]
+    if value is False and "no" in (choices or ()):
+        value = "no"  # YAML reads an unquoted no as false
+    made: Any
+    if dict in kinds:
+        made = _mapping(group, field, value, source)
+    elif is_list and isinstance(value, (list, tuple)):
+        made = [_scalar(kinds, item, field.name, source) for item in value]
     else:
-        made = _scalar(kinds, value, field, source)
-    choices = field.metadata.get("choices")
+        made = _scalar(kinds, value, field.name, source)
+        made = [made] if is_list and not _also_plain(group, field) else made
     for item in made if isinstance(made, list) else [made]:
         if choices and item not in choices:
             hint = _suggestion(str(item), choices) if isinstance(item, str) else ""
@@ -194,12 +200,20 @@ def _also_plain(group: type, field: dataclasses.Field[Any]) -> bool:
     return isinstance(hint, types.UnionType) and str in typing.get_args(hint)
 
 
-def _scalar(kinds: set[type], value: Any, field: dataclasses.Field[Any], source: str) -> Any:
-    if dict in kinds:
+def _mapping(group: type, field: dataclasses.Field[Any], value: Any, source: str) -> dict[str, Any]:
+    """A `dict[str, ...]` from a mapping, or from text in YAML as the command line gives it."""
+    kind = typing.get_args(typing.get_type_hints(group)[field.name])[1]
+    try:
         made = yaml.safe_load(value) if isinstance(value, str) else value
-        if isinstance(made, dict):
-            return made
-    elif bool in kinds:
+    except yaml.YAMLError:
+        made = None
+    if not isinstance(made, dict):
+        raise OptionError(f"{source}{field.name} is {value!r}; it must be a mapping {{name: value}}")
+    return {str(name): _scalar({kind}, item, f"{field.name}[{name}]", source) for name, item in made.items()}
+
+
+def _scalar(kinds: set[type], value: Any, name: str, source: str) -> Any:
+    if bool in kinds:
         if isinstance(value, bool):
             return value
         if str(value).lower() in ("true", "false"):
@@ -209,12 +223,12 @@ def _scalar(kinds: set[type], value: Any, field: dataclasses.Field[Any], source:
             if kind in kinds and not isinstance(value, bool):
                 try:
                     made = kind(value)
-                except (TypeError, ValueError):
+                except (TypeError, ValueError, OverflowError):
                     continue
-                if kind is float or not isinstance(value, float) or made == value:
+                if math.isfinite(made) and (kind is float or not isinstance(value, float) or made == value):
                     return made
     elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    expected = " or ".join(sorted({"dict": "a mapping {name: value}", "bool": "true or false", "int": "a whole number",
-                                   "float": "a number", "str": "text"}[k.__name__] for k in kinds))  # fmt: skip
-    raise OptionError(f"{source}{field.name} is {value!r}; it must be {expected}")
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    expected = " or ".join(sorted(words[kind] for kind in kinds))
+    raise OptionError(f"{source}{name} is {value!r}; it must be {expected}")

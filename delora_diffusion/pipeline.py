@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import inject, merge
 from .adapter_file import Adapter, AdapterFileError, read_adapter, write_adapter
+from .delora import DeloraLayer
 from .families import family_of
 from .state import delora_state_dict, load_delora_state_dict
 from .targets import DeloraConfig
@@ -63,6 +64,8 @@ def load_delora_weights(
         raise ValueError(
             f"the pipeline has an adapter {adapter_name!r} already; delete_adapters it, or choose another name"
         )
+    acting = {layer: layer.active for module in _adapted(pipe).values() for _, layer in inject.adapted_layers(module)}
+    enabled = all(layer.enabled for layer in acting)
     done: dict[str, int] = {}
     try:
         for component, (config, tensors) in parts.items():
@@ -70,15 +73,28 @@ def load_delora_weights(
             done[component] = len(inject.inject_delora(module, config, adapter_name))
             load_delora_state_dict(module, tensors, adapter_name, check_base=check_base)
             module.requires_grad_(False)
-    except (ValueError, TypeError) as error:
-        for component in done:
-            if adapter_name in _names(getattr(pipe, component)):
-                inject.remove_delora(getattr(pipe, component), adapter_name)
-        raise ValueError(f"{type(pipe).__name__}.{component}: {error}") from error
-    for component, module in components(pipe).items():
-        if component not in done and _names(module):
+    except BaseException as error:
+        _take_back(pipe, adapter_name, acting, enabled)
+        if isinstance(error, (ValueError, TypeError)):
+            raise ValueError(f"{type(pipe).__name__}.{component}: {error}") from error
+        raise
+    for component, module in _adapted(pipe).items():
+        if component not in done:
             inject.set_delora_adapters(module, [])
+    if not enabled:
+        disable_delora(pipe)  # the layers that are adapted for the first time as well
     return LoadReport(adapter_name, done)
+
+
+def _take_back(pipe: Any, adapter_name: str, acting: Mapping[DeloraLayer, tuple[str, ...]], enabled: bool) -> None:
+    """Undo a load that failed: without the new adapter, and with those that acted before."""
+    for module in _adapted(pipe).values():
+        if adapter_name in _names(module):
+            inject.remove_delora(module, adapter_name)
+    for layer, active in acting.items():
+        layer.active = active
+    for module in _adapted(pipe).values():
+        inject.enable_delora(module, enabled)
 
 
 def save_delora_weights(
@@ -182,14 +198,20 @@ def fuse_delora(
     names = [names] if isinstance(names, str) else list(names)
     _check_known(pipe, names)
     reports: dict[str, merge.MergeReport] = {}
-    for component, module in _adapted(pipe).items():
-        here = [name for name in names if name in _names(module)]
-        try:
+    layers = [pair for module in _adapted(pipe).values() for pair in inject.adapted_layers(module)]
+    fused = {layer: (linear.weight.detach().clone(), layer.merged) for linear, layer in layers if layer.merged}
+    try:
+        for component, module in _adapted(pipe).items():
+            here = [name for name in names if name in _names(module)]
             reports[component] = merge.merge_delora(module, here, scale=scale)
-        except (ValueError, TypeError):
-            for done in reports:
-                merge.unmerge_delora(getattr(pipe, done))
-            raise
+    except (ValueError, TypeError):
+        for linear, layer in layers:
+            if layer in fused:
+                weight, layer.merged = fused[layer]
+                linear.weight.data.copy_(weight)
+            else:
+                layer.restore(linear)
+        raise
     return reports
 
 
@@ -250,6 +272,8 @@ def _check_known(pipe: Any, names: Sequence[str]) -> None:
 def _assigned(pipe: Any, adapter: Adapter) -> dict[str, tuple[DeloraConfig, dict[str, Tensor]]]:
     """Which component each part of an adapter is for, with the tensor names that component uses."""
     family = family_of(pipe)
+    if not adapter.tensors:
+        raise AdapterFileError("the adapter holds no tensors; there is nothing to load")
     parts = {}
     for component, tensors in adapter.tensors.items():
         target = component or family.denoiser

@@ -7,16 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from torch import nn
 
 from .config import ValidationConfig
 from .data import IMAGE_SUFFIXES, load_image
-from .draw import derived_seed, draw, quiet
-from .encode import decode_latents
+from .draw import draw, quiet
 from .families import Conditioning, family_of
 from .files import complete_file
+from .seeds import derived_seed
 from .sheet import contact_sheet
 
 #: (prompt or its conditioning, the negative one) -> what `draw` takes
@@ -45,8 +43,7 @@ def preview(
         for text in texts:
             seeds = [derived_seed(seed, "preview", number) for number in range(config.num_validation_images)]
             same: Any = [text] * len(seeds)
-            latents = draw(pipe, same, seeds, negative=negative, output_type="latent", **settings)
-            rows.append(decode_latents(pipe, torch.as_tensor(latents)))
+            rows.append(draw(pipe, same, seeds, negative=negative, **settings))
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
             with complete_file(folder / f"step_{step:06d}" / f"{row}_{column}.png") as aside:
@@ -122,7 +119,7 @@ def fill_class_folder(
         for first in progress(range(0, len(missing), batch_size)):
             part = missing[first : first + batch_size]
             seeds = [derived_seed(seed, "class", number) for number, _ in part]
-            images: list[Image.Image] = draw(pipe, [prompt] * len(part), seeds, height=size, width=size, **settings)
+            images = draw(pipe, [prompt] * len(part), seeds, height=size, width=size, **settings)
             for (_, name), image in zip(part, images, strict=True):
                 with complete_file(folder / name) as aside:
                     image.save(aside)

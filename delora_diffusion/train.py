@@ -29,13 +29,13 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .config import AdapterConfig, TrainingConfig
-from .draw import derived_seed
 from .families import Family
 from .inject import delora_adapters, set_delora_adapters
 from .journal import Journal
 from .objective import Objective
 from .optimizer import ema_update, make_optimizer, make_schedule, trained_parameters
 from .pipeline import collect
+from .seeds import derived_seed
 from .state import load_delora_state_dict
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def train(
             load_delora_state_dict(module, saved.tensors[component], check_base=False)
         ema = {n: average[n].to(p) for n, p in parameters.items()} if ema is not None and average is not None else ema
         start = before.step
-        _fast_forward(schedule, start)
+        _continue_schedule(schedule, start)
     identity |= {"lambda_warmup_steps": warmup}
 
     def checkpoint(done: int) -> None:
@@ -221,11 +221,10 @@ def _schedule_identity(training: TrainingConfig) -> dict[str, Any]:
     return {"schedule_steps": None if constant else training.max_train_steps}
 
 
-def _fast_forward(schedule: Any, step: int) -> None:
-    """Put a schedule, which is a closed form of the step, where it stood after `step` steps."""
+def _continue_schedule(schedule: Any, step: int) -> None:
+    """Put a schedule where it stood after `step` steps; the rates themselves came with the optimiser's state."""
     if step:
-        schedule.last_epoch = step - 1
-        schedule.step()
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step, "_step_count": step + 1})
 
 
 def _set_weight(modules: dict[str, nn.Module], weight: float) -> None:

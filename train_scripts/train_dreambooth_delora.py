@@ -23,7 +23,6 @@ from delora_diffusion.card import push_to_hub, write_card
 from delora_diffusion.checkpoint import CheckpointError
 from delora_diffusion.config import AdapterConfig, DataConfig, ModelConfig, TrainingConfig, ValidationConfig
 from delora_diffusion.data import DataError, class_examples, instance_examples
-from delora_diffusion.draw import derived_seed
 from delora_diffusion.encode import Cache, cache_latents, cache_prompts, fingerprint
 from delora_diffusion.families import FamilyError, family_of
 from delora_diffusion.inject import inject_delora
@@ -31,6 +30,7 @@ from delora_diffusion.objective import ObjectiveError, objective_of
 from delora_diffusion.options import OptionError, parse, to_yaml
 from delora_diffusion.pipeline import save_delora_weights
 from delora_diffusion.preview import before_after, fill_class_folder, preview
+from delora_diffusion.seeds import derived_seed
 from delora_diffusion.targets import ALL_LINEAR, DeloraConfig, DeloraConfigError
 from delora_diffusion.train import Interrupted, TrainingError, options_of, train
 

@@ -1,0 +1,219 @@
+"""Batch sampling: prompts x adapters x strengths x seeds -> images, a manifest and a contact sheet.
+
+An image's file name contains a hash of everything that made it, so a second run draws only what is missing, and an
+adapter that was trained again gets new images. Work is split over processes under `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from .adapter_file import Adapter, read_adapter
+from .base import load_base
+from .config import SCHEDULERS, ModelConfig, SamplingConfig
+from .draw import draw, quiet
+from .files import complete_file
+from .options import OptionError
+from .pipeline import load_delora_weights, set_adapters
+from .seeds import derived_seed
+from .sheet import contact_sheet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to draw. `settings` is its line in the manifest: all that is needed to draw it again."""
+
+    settings: dict[str, Any]
+    adapter: int | None  # place in the list of adapters; None: the base
+
+    @property
+    def file(self) -> str:
+        """File name: readable, and unique to the settings."""
+        told = json.dumps(self.settings, sort_keys=True)
+        slug = re.sub(r"[^a-z0-9]+", "-", self.settings["prompt"].lower()).strip("-")[:48] or "image"
+        return f"{slug}_{self.settings['seed']}_{hashlib.sha256(told.encode()).hexdigest()[:10]}.png"
+
+
+def sample(config: SamplingConfig) -> Path:
+    """Draw what is missing in `config.output_dir`; returns the contact sheet.
+
+    Raises:
+        OptionError, AdapterFileError, BaseModelError, ValueError: nothing is drawn; images drawn earlier stay.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=config.device == "cpu")
+    device = config.device or state.device
+    adapters = [read_adapter(source) for source in config.adapter]
+    base = config.pretrained_model_name_or_path or _base_of(adapters, config.adapter)
+    precision = {"auto": "fp32" if state.device.type == "cpu" else "fp16"}.get(config.dtype, config.dtype)
+    jobs = plan(config, adapters, base=base, precision=precision)
+    out = Path(config.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    missing = [job for job in jobs if not (out / job.file).is_file()]
+    if state.is_main_process:
+        log.info(
+            "%d images, %d of them are there already; %s on %s", len(jobs), len(jobs) - len(missing), base, device
+        )
+    state.wait_for_everyone()  # every process has seen the same files
+    try:
+        if missing:
+            _draw_missing(config, missing, adapters, base, precision, device, state)
+        state.wait_for_everyone()
+    finally:
+        if state.is_main_process:
+            write_manifest(out, jobs)
+    sheet = out / "contact_sheet.png"
+    if state.is_main_process:
+        with complete_file(sheet) as aside:
+            sheet_of(out, jobs).save(aside)
+    state.wait_for_everyone()
+    return sheet
+
+
+def plan(config: SamplingConfig, adapters: Sequence[Adapter], *, base: str, precision: str) -> list[Job]:
+    """Every image that `config` asks for, prompt by prompt; the order of the contact sheet."""
+    shared = {
+        "negative_prompt": config.negative_prompt, "base": base, "scheduler": config.scheduler, "dtype": precision,
+        "num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale,
+        "height": config.height, "width": config.width,
+    }  # fmt: skip
+    hashes = [_content(adapter) for adapter in adapters]
+    sources: list[int | None] = list(range(len(adapters))) or [None]
+    jobs = []
+    for prompt, number, strength, seed, repeat in itertools.product(
+        read_prompts(config), sources, config.strengths, config.seeds, range(config.images_per_prompt)
+    ):
+        own = {
+            "prompt": prompt,
+            "seed": derived_seed(seed, repeat) if repeat else seed,
+            "strength": strength if number is not None else None,
+            "adapter": config.adapter[number] if number is not None else None,
+            "adapter_hash": hashes[number] if number is not None else None,
+        }
+        jobs.append(Job(own | shared, number))
+    return jobs
+
+
+def read_prompts(config: SamplingConfig) -> list[str]:
+    """The prompts of the command line, then those of the file.
+
+    Raises:
+        OptionError: the file cannot be read, or holds no prompt.
+    """
+    prompts = list(config.prompts)
+    if config.prompts_file:
+        try:
+            lines = Path(config.prompts_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise OptionError(f"cannot read prompts_file {config.prompts_file}: {error}") from error
+        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not found:
+            raise OptionError(f"prompts_file {config.prompts_file} holds no prompt; write one a line")
+        prompts += found
+    return list(dict.fromkeys(prompts))
+
+
+def write_manifest(out: Path, jobs: Sequence[Job]) -> None:
+    """One JSON line for every image that is there: those of `jobs`, after those of earlier runs."""
+    path = out / "manifest.jsonl"
+    rows = {}
+    if path.is_file():
+        rows = {row["file"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    rows |= {job.file: {"file": job.file, **job.settings} for job in jobs}
+    present = [json.dumps(row, ensure_ascii=False) for name, row in rows.items() if (out / name).is_file()]
+    with complete_file(path) as aside:
+        aside.write_text("".join(f"{line}\n" for line in present), encoding="utf-8")
+
+
+def sheet_of(out: Path, jobs: Sequence[Job], *, cell: int = 192) -> Image.Image:
+    """The images of `jobs` on a grid: a row for each prompt, a column for each adapter, strength and seed."""
+    prompts = list(dict.fromkeys(job.settings["prompt"] for job in jobs))
+    rows = [[job for job in jobs if job.settings["prompt"] == prompt] for prompt in prompts]
+    images = [[_opened(out / job.file, cell) for job in row] for row in rows]
+    varied = [key for key in ("adapter", "strength", "seed") if len({job.settings[key] for job in rows[0]}) > 1]
+    columns = [", ".join(_label(job.settings, key) for key in varied) for job in rows[0]]
+    return contact_sheet(images, row_labels=prompts, column_labels=columns if varied else (), cell=cell)
+
+
+def _label(settings: dict[str, Any], key: str) -> str:
+    return Path(settings["adapter"] or "base").name if key == "adapter" else f"{key} {settings[key]}"
+
+
+def _opened(path: Path, side: int) -> Image.Image:
+    with Image.open(path) as image:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        return image.convert("RGB")
+
+
+def _draw_missing(
+    config: SamplingConfig, missing: Sequence[Job], adapters: Sequence[Adapter], base: str, precision: str,
+    device: Any, state: Any,
+) -> None:  # fmt: skip
+    pipe = load_base(ModelConfig(pretrained_model_name_or_path=base, base_dtype=precision), precision="no")
+    if config.scheduler:
+        import diffusers
+
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[config.scheduler]).from_config(pipe.scheduler.config)
+    for number, adapter in enumerate(adapters):
+        load_delora_weights(pipe, adapter, f"adapter_{number}")
+    pipe.to(device)
+    sizes = {name: value for name, value in (("height", config.height), ("width", config.width)) if value}
+    batches = list(_batches(missing, config.batch_size))[state.process_index :: state.num_processes]
+    bar = tqdm(total=sum(map(len, batches)), desc="images", disable=not state.is_main_process)
+    with quiet(pipe), bar:
+        for batch in batches:
+            if batch[0].adapter is not None:
+                set_adapters(pipe, f"adapter_{batch[0].adapter}", batch[0].settings["strength"])
+            images = draw(
+                pipe, [job.settings["prompt"] for job in batch], [job.settings["seed"] for job in batch],
+                negative=config.negative_prompt, num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale, **sizes,
+            )  # fmt: skip
+            for job, image in zip(batch, images, strict=True):
+                told = PngInfo()
+                told.add_text("delora", json.dumps(job.settings))
+                with complete_file(Path(config.output_dir) / job.file) as aside:
+                    image.save(aside, pnginfo=told)
+            bar.update(len(batch))
+
+
+def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
+    """Jobs that share adapter and strength, at most `size` at once."""
+    groups: dict[tuple[int | None, float | None], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.adapter, job.settings["strength"]), []).append(job)
+    for group in groups.values():
+        for first in range(0, len(group), size):
+            yield group[first : first + size]
+
+
+def _content(adapter: Adapter) -> str:
+    """Hash of an adapter's tensors: the same file elsewhere is the same adapter, a retrained one is not."""
+    digest = hashlib.sha256()
+    for component, tensors in sorted(adapter.tensors.items()):
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{component}.{name}".encode())
+            digest.update(tensor.contiguous().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _base_of(adapters: Sequence[Adapter], sources: Sequence[str]) -> str:
+    bases = {adapter.provenance.get("base_model", "") for adapter in adapters}
+    if len(bases) != 1 or bases == {""}:
+        raise OptionError(f"{', '.join(sources)} do not name one base model; give --pretrained_model_name_or_path")
+    return bases.pop()
