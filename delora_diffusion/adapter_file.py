@@ -122,7 +122,8 @@ def _read_peft(folder: Path) -> Adapter:
         config = _from_peft(values)
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"cannot use the configuration in {folder / _PEFT_CONFIG}: {error}") from error
-    return Adapter({"": {n.removeprefix(_PEFT_PREFIX): t for n, t in tensors.items()}}, {"": config}, base)
+    named = {n.removeprefix(_PEFT_PREFIX).replace(".base_layer.", "."): t for n, t in tensors.items()}
+    return Adapter({"": named}, {"": config}, base)
 
 
 def _from_peft(values: Mapping[str, Any]) -> DeloraConfig:
@@ -147,10 +148,10 @@ def _described(tensors: Mapping[str, Tensor]) -> str:
     names = list(tensors)
     if any("delora_" in name for name in names):
         return "its tensors are DeLoRA's, but the header is missing; for a PEFT file give the folder it came in"
-    if any("lora_A" in name or "lora_down" in name for name in names):
-        return "it is a LoRA; load it with pipe.load_lora_weights"
     if any("hada_" in name or "lokr_" in name for name in names):
         return "it is a LyCORIS adapter (LoHa or LoKr); load it where that is supported"
+    if any("lora" in name.lower() for name in names):
+        return "it is a LoRA; load it with pipe.load_lora_weights"
     return f"it holds {len(names)} tensors such as {', '.join(names[:2]) or '(none)'}"
 
 

@@ -57,8 +57,8 @@ def write_checkpoint(
     ema: Mapping[str, Tensor] | None,
 ) -> None:
     """Write everything a continuation needs into `folder`, which is complete or absent."""
-    tensors, numbers = _flatten(optimizer.state_dict())
-    state = {"step": progress.step, "options": progress.options, "identity": progress.identity, "optimizer": numbers}
+    tensors, packed = _flatten(optimizer.state_dict())
+    state = {"step": progress.step, "options": progress.options, "identity": progress.identity, "optimizer": packed}
     with complete_folder(folder) as aside:
         write_adapter(aside, adapter)
         save_file(tensors, aside / "optimizer.safetensors")
@@ -88,8 +88,8 @@ def read_checkpoint(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[Any
     """
     try:
         adapter = read_adapter(folder)
-        numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))["optimizer"]
-        optimizer.load_state_dict(_unflatten(load_file(folder / "optimizer.safetensors"), numbers))
+        packed = json.loads((folder / "state.json").read_text(encoding="utf-8"))["optimizer"]
+        optimizer.load_state_dict(_unflatten(load_file(folder / "optimizer.safetensors"), packed))
         average = folder / "ema.safetensors"
         return adapter, load_file(average) if average.is_file() else None
     except (AdapterFileError, SafetensorError, OSError, ValueError, KeyError) as error:
@@ -145,31 +145,27 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as tensors by name, and the rest as plain values."""
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """An optimiser's state as tensors by name, and the rest as JSON, where {"tensor": name} stands for one."""
     tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {"groups": state["param_groups"], "state": {}}
-    for index, entries in state["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous().clone()
-            else:
-                numbers["state"].setdefault(str(index), {})[key] = value
-    for number, group in enumerate(state["param_groups"]):
-        for key in [key for key, value in group.items() if isinstance(value, Tensor)]:
-            tensors[f"group.{number}.{key}"] = group[key].detach().cpu()
-            group[key] = None
-    return tensors, numbers
+
+    def packed(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[path] = value.detach().cpu().contiguous().clone()
+            return {"tensor": path}
+        if isinstance(value, dict):
+            return {"dict": [[key, packed(item, f"{path}.{key}")] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)):
+            return [packed(item, f"{path}.{number}") for number, item in enumerate(value)]
+        return value
+
+    return tensors, packed(state, "optimizer")
 
 
-def _unflatten(tensors: Mapping[str, Tensor], numbers: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in numbers["state"].items()}
-    groups = numbers["groups"]
-    for name, tensor in tensors.items():
-        owner, _, key = name.partition(".")
-        if owner == "group":
-            number, _, key = key.partition(".")
-            groups[int(number)][key] = tensor
-        else:
-            state.setdefault(int(owner), {})[key] = tensor
-    return {"state": state, "param_groups": groups}
+def _unflatten(tensors: Mapping[str, Tensor], packed: Any) -> Any:
+    """The inverse of `_flatten`; keys keep their types, tuples come back as lists."""
+    if isinstance(packed, dict) and "tensor" in packed:
+        return tensors[packed["tensor"]]
+    if isinstance(packed, dict):
+        return {key: _unflatten(tensors, item) for key, item in packed["dict"]}
+    return [_unflatten(tensors, item) for item in packed] if isinstance(packed, list) else packed

@@ -112,6 +112,16 @@ def test_resumed_equals_straight_bit_for_bit(run: Run, tmp_path: Path, options: 
     assert [json.loads(line)["step"] for line in (resumed / "log.jsonl").read_text().splitlines()] == [1, 6]
 
 
+@pytest.mark.parametrize(("optimizer", "package"), [("prodigy", "prodigyopt"), ("adamw8bit", "bitsandbytes")])
+def test_other_optimizers_train_and_resume(run: Run, optimizer: str, package: str) -> None:
+    pytest.importorskip(package)
+    chosen = (f"--optimizer={optimizer}", f"--learning_rate={1 if optimizer == 'prodigy' else 1e-3}")
+    straight = run("straight", *chosen)
+    resumed = run("resumed", *chosen, "--checkpointing_steps=4")
+    run("resumed", *chosen, "--resume_from_checkpoint=checkpoint-4")
+    assert same(tensors(straight), tensors(resumed))
+
+
 def test_two_processes_equal_one(base: Path, photos: Path, tmp_path: Path, run: Run) -> None:
     """Two gloo processes with half the batch each: the same losses and adapter, up to rounding."""
     one = run("one", "--train_batch_size=4", "--learning_rate=1e-4")

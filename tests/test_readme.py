@@ -1,0 +1,114 @@
+"""The README is true: its commands run, its code runs, its table lists every option.
+
+    python -m tests.test_readme      # writes the table of options into the README
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from delora_diffusion.cli import main as delora
+from delora_diffusion.config import AdapterConfig, DataConfig, ModelConfig, TrainingConfig, ValidationConfig
+from delora_diffusion.options import build, read_yaml, to_table
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+GROUPS = (ModelConfig, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig)
+START, END = "<!-- options -->\n", "<!-- end of options -->"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+
+
+def commands(word: str) -> list[str]:
+    joined = [block.replace("\\\n", " ") for block in blocks("bash")]
+    return [line for block in joined for line in block.splitlines() if word in line]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's training command was run, for a few steps only."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "samples").symlink_to(ROOT / "samples")
+    (folder / "train_scripts").symlink_to(ROOT / "train_scripts")
+    command = commands("samples/pocket/spotted_dog.yaml")[0].partition(" && ")[2]
+    short = ["--max_train_steps=2", "--validation_num_inference_steps=2", "--num_validation_images=1"]
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *shlex.split(command)[1:], *short]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    job = subprocess.run(launch, cwd=folder, env=environment, capture_output=True, text=True)
+    assert job.returncode == 0, job.stderr
+    assert "before and after: runs/spotted_dog/before_after.png" in job.stderr
+    return folder
+
+
+def test_the_first_command_trains_the_pocket_subject(trained: Path) -> None:
+    out = trained / "runs" / "spotted_dog"
+    assert {p.name for p in out.iterdir()} >= {"delora_weights.safetensors", "before_after.png", "config.yaml"}
+
+
+def test_the_python_code_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    found = blocks("python")
+    assert len(found) == 2
+    for code in found:
+        exec(compile(code.replace('beach")', 'beach", num_inference_steps=2)'), "README.md", "exec"), {})
+
+
+def test_the_sampling_command_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    (command,) = commands("delora sample --adapter")
+    words = shlex.split(command)
+    assert words[0] == "delora"
+    assert delora([*words[1:], "--num_inference_steps=1", "--strengths", "1", "--seeds", "0"]) == 0
+    assert Path("runs/spotted_dog_samples/contact_sheet.png").is_file()
+
+
+def test_the_yaml_for_own_photos_is_valid(tmp_path: Path) -> None:
+    (text,) = blocks("yaml")
+    (tmp_path / "my_dog.yaml").write_text(text)
+    values = read_yaml(tmp_path / "my_dog.yaml", *GROUPS)
+    assert values == yaml.safe_load(text) and all(build(group, values) for group in GROUPS)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "samples").glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_sample_configs_are_valid_and_their_folders_exist(config: Path) -> None:
+    values = read_yaml(config, *GROUPS)
+    assert all(build(group, values) for group in GROUPS)
+    assert (ROOT / values["pretrained_model_name_or_path"] / "model_index.json").is_file()
+    assert any((ROOT / values["instance_data_dir"]).iterdir())
+
+
+def test_mentioned_options_and_linked_files_exist() -> None:
+    text = README.read_text(encoding="utf-8").partition(START)[0]
+    known = set(re.findall(r"`--(\w+)`", to_table(*GROUPS)))
+    used = set(re.findall(r"--([a-z_]{4,})", "\n".join(re.findall(r"`(--[^`]*)`", text))))
+    assert used and used <= known
+    for link in re.findall(r"\]\(([^)h#][^)]*)\)", text):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_table_lists_every_option() -> None:
+    text = README.read_text(encoding="utf-8")
+    table = text.partition(START)[2].partition(END)[0]
+    assert table == f"\n{to_table(*GROUPS)}\n\n", "out of date: run `python -m tests.test_readme`"
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    (pattern,) = re.findall(r"sed -n '(/.*/)p'", script)
+    (line,) = commands("pytest")
+    assert re.match(pattern.strip("/").replace(r"\.", "."), line)
+
+
+if __name__ == "__main__":
+    before, _, rest = README.read_text(encoding="utf-8").partition(START)
+    README.write_text(before + START + f"\n{to_table(*GROUPS)}\n\n" + END + rest.partition(END)[2], encoding="utf-8")
