@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -55,6 +56,41 @@ class Interrupted(Exception):
 def ramp_weight(step: int, warmup: int) -> float:
     """Strength during optimiser step `step` (counted from 0): rises linearly to 1 over the first `warmup` steps."""
     return min(1.0, (step + 1) / warmup) if warmup else 1.0
+
+
+def step_gradients(
+    accelerator: Any,
+    parameters: Sequence[nn.Parameter],
+    examples: Examples,
+    denoiser: nn.Module,
+    family: Family,
+    objective: Objective,
+    training: TrainingConfig,
+    *,
+    step: int,
+) -> tuple[Tensor, list[list[Pick]]]:
+    """Leave the gradient of one optimiser step on `parameters`, added up over accumulated batches and processes.
+
+    Returns:
+        This process's part of the step's loss, and the whole step's batch.
+    """
+    rank, world, size = accelerator.process_index, accelerator.num_processes, training.train_batch_size
+    whole = picks(examples, seed=training.seed, step=step, count=size * training.gradient_accumulation_steps * world)
+    total_weight = sum(p.example.weight for place in whole for p in place)
+    total = torch.zeros((), device=accelerator.device)
+    for micro in range(training.gradient_accumulation_steps):
+        first = (micro * world + rank) * size
+        batch = [p for place in whole[first : first + size] for p in place]
+        torch.manual_seed(derived_seed(training.seed, "dropout", step, micro, rank))
+        with accelerator.autocast():
+            loss = batch_loss(
+                batch, examples, denoiser, family, objective,
+                total_weight=total_weight, snr_gamma=training.snr_gamma, device=accelerator.device,
+            )  # fmt: skip
+        accelerator.backward(loss)
+        total += loss.detach()
+    _sum_gradients(accelerator, parameters)
+    return total, whole
 
 
 def _sum_gradients(accelerator: Any, parameters: Sequence[nn.Parameter]) -> None:
@@ -109,15 +145,10 @@ def train(
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
         CheckpointError: nothing to resume from, or a checkpoint of another run.
     """
-    out, seed, rank, world = (
-        Path(training.output_dir),
-        training.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    out, main, last = Path(training.output_dir), accelerator.is_main_process, training.max_train_steps
     denoiser = modules[family.denoiser]
-    per_step = training.train_batch_size * training.gradient_accumulation_steps * world
-    warmup = training.max_train_steps // 5 if adapter.lambda_warmup_steps is None else adapter.lambda_warmup_steps
+    per_step = training.train_batch_size * training.gradient_accumulation_steps * accelerator.num_processes
+    warmup = last // 5 if adapter.lambda_warmup_steps is None else adapter.lambda_warmup_steps
     optimizer = make_optimizer(modules, training)
     parameters = trained_parameters(modules)
     schedule = make_schedule(optimizer, training)
@@ -136,59 +167,41 @@ def train(
         saved, average = read_checkpoint(folder, optimizer)
         for component, module in modules.items():
             load_delora_state_dict(module, saved.tensors[component], check_base=False)
-        ema = {n: average[n].to(p) for n, p in parameters.items()} if ema is not None and average is not None else ema
+        if ema is not None and average is not None:
+            ema = {name: average[name].to(p.device) for name, p in parameters.items()}
         start = before.step
         _continue_schedule(schedule, start)
     identity |= {"lambda_warmup_steps": warmup}
 
     def checkpoint(done: int) -> None:
-        if accelerator.is_main_process:
+        if main:
+            progress = Progress(done, options, identity)
             raw = collect(modules, "default", at_current_weight=False)
-            write_checkpoint(
-                out / f"checkpoint-{done}",
-                progress=Progress(done, options, identity),
-                adapter=raw,
-                optimizer=optimizer,
-                ema=ema,
-            )
+            write_checkpoint(out / f"checkpoint-{done}", progress=progress, adapter=raw, optimizer=optimizer, ema=ema)
             keep_newest(out, training.checkpoints_total_limit)
         accelerator.wait_for_everyone()
 
     _announce(accelerator, modules, examples, start, training, per_step, warmup, folder)
-    journal = Journal(out / "log.jsonl", start) if accelerator.is_main_process else None
-    bar = tqdm(total=training.max_train_steps, initial=start, desc="train", disable=not accelerator.is_main_process)
+    journal = Journal(out / "log.jsonl", start) if main else None
+    bar = tqdm(total=last, initial=start, desc="train", disable=not main)
+    _set_weight(modules, ramp_weight(start, warmup))
     if start == 0:
         preview(0)
 
     # ---- the loop
-    with _stop_signals() as stopping:
-        for step in range(start, training.max_train_steps):
-            if step <= warmup or step == start:
+    with _stop_signals() as stopping, bar:
+        for step in range(start, last):
+            if step <= warmup:
                 _set_weight(modules, ramp_weight(step, warmup))
-            whole = picks(examples, seed=seed, step=step, count=per_step)
-            total_weight = sum(p.example.weight for place in whole for p in place)
-            step_loss = torch.zeros((), device=accelerator.device)
-            for micro in range(training.gradient_accumulation_steps):
-                first = (micro * world + rank) * training.train_batch_size
-                batch = [p for place in whole[first : first + training.train_batch_size] for p in place]
-                torch.manual_seed(derived_seed(seed, "dropout", step, micro, rank))
-                with accelerator.autocast():
-                    loss = batch_loss(
-                        batch, examples, denoiser, family, objective,
-                        total_weight=total_weight, snr_gamma=training.snr_gamma, device=accelerator.device,
-                    )  # fmt: skip
-                accelerator.backward(loss)
-                step_loss += loss.detach()
-            _sum_gradients(accelerator, list(parameters.values()))
+            part, whole = step_gradients(
+                accelerator, list(parameters.values()), examples, denoiser, family, objective, training, step=step
+            )
             if step == 0 and (silent := _without_gradient(modules)):
-                log.warning(
-                    "no gradient reaches %d adapted layers, which stay as they are: %s", len(silent), ", ".join(silent)
-                )
-            loss_value, stop = accelerator.reduce(
-                torch.stack([step_loss, step_loss.new_tensor(float(len(stopping)))]), "sum"
-            ).tolist()
-            if loss_value != loss_value or abs(loss_value) == float("inf"):
-                raise TrainingError(_not_finite(loss_value, step, whole, out))
+                log.warning("no gradient reaches %d adapted layers, which stay as they are: %s",
+                            len(silent), ", ".join(silent))  # fmt: skip
+            loss, stop = accelerator.reduce(torch.stack([part, part.new_tensor(float(len(stopping)))]), "sum").tolist()
+            if not math.isfinite(loss):
+                raise TrainingError(_not_finite(loss, step, whole, out))
             if training.max_grad_norm:
                 accelerator.clip_grad_norm_(list(parameters.values()), training.max_grad_norm)
             prepared.step()
@@ -201,19 +214,19 @@ def train(
             bar.update()
             if journal is not None:
                 rates = [group["lr"] for group in optimizer.param_groups]
-                bar.set_postfix(journal.add(done, loss_value, rates, denoiser, last=done == training.max_train_steps))
+                bar.set_postfix(journal.add(done, loss, rates, denoiser, last=done == last))
                 if accelerator.trackers and journal.fresh:
                     accelerator.log(journal.fresh, step=done)
+            if stop or (training.checkpointing_steps and done % training.checkpointing_steps == 0):
+                checkpoint(done)
             if stop:
-                checkpoint(done)
                 raise Interrupted(f"stopped at step {done}; go on with --resume_from_checkpoint latest")
-            if training.checkpointing_steps and done % training.checkpointing_steps == 0:
-                checkpoint(done)
-            if done == training.max_train_steps and ema is not None:
-                _put(parameters, ema)
-            if done % preview_steps == 0 or done == training.max_train_steps:
+            if done % preview_steps == 0 and done < last:
                 preview(done)
-    bar.close()
+    _set_weight(modules, ramp_weight(last - 1, warmup))
+    if ema is not None:
+        _put(parameters, ema)
+    preview(last)
 
 
 def _schedule_identity(training: TrainingConfig) -> dict[str, Any]:

@@ -250,6 +250,7 @@ def test_missing_class_images_are_drawn_once(run: Run, tmp_path: Path) -> None:
         (("--init_weights=paired", "--rank=3"), "even rank"),
         (("--optimizer=prodigy",), "delora_diffusion[prodigy]"),
         (("--report_to=wandb",), "delora_diffusion[wandb]"),
+        (("--report_to=wandbb",), "report_to wandbb"),
     ],
 )
 def test_refusals_say_what_to_do(
@@ -321,3 +322,12 @@ def test_layers_without_gradient_are_named(
     run("out", "--max_train_steps=1")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "no gradient reaches" in line]
     assert "no gradient reaches 16 adapted layers" in line and "attn2.to_q" in line and "attn1" not in line
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
+def test_trains_on_a_gpu_in_every_precision(run: Run, precision: str) -> None:
+    assert torch.cuda.is_available()
+    out = run("out", f"--mixed_precision={precision}", "--validation_prompt=a cat", "--train_text_encoder")
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors(out).values())
+    assert all(0 < loss < 10 for loss in losses(out))

@@ -48,11 +48,9 @@ def run(
     validation: ValidationConfig,
 ) -> Path:
     """Train one adapter as the options say; returns the output folder."""
-    accelerator = Accelerator(mixed_precision=training.mixed_precision, log_with=training.report_to,
-                              project_dir=training.output_dir)  # fmt: skip
+    accelerator = _accelerator(training)
     main = accelerator.is_main_process
     logging.getLogger("delora_diffusion").setLevel(logging.INFO if main else logging.ERROR)
-    _check_tracker(accelerator, training)
     seed, device, out = training.seed, accelerator.device, Path(training.output_dir)
 
     # ---- load: photos first, so that a wrong folder is told before anything large is read
@@ -181,10 +179,17 @@ def _generator(seed: int, component: int) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, "init", component))
 
 
-def _check_tracker(accelerator: Accelerator, training: TrainingConfig) -> None:
-    if training.report_to and not accelerator.log_with:
-        name = training.report_to
+def _accelerator(training: TrainingConfig) -> Accelerator:
+    name = training.report_to
+    try:
+        accelerator = Accelerator(
+            mixed_precision=training.mixed_precision, log_with=name, project_dir=training.output_dir
+        )
+    except ValueError as error:  # fp16 without a GPU, an unknown tracker
+        raise OptionError(f"mixed_precision {training.mixed_precision}, report_to {name}: {error}") from error
+    if name and not accelerator.log_with:
         raise OptionError(f'report_to {name}: it is not installed: pip install "delora_diffusion[{name}]"')
+    return accelerator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
