@@ -68,12 +68,14 @@ class _AddUpdate(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, lam: Tensor, weight: Tensor, w: Tensor
     ) -> Tensor:
-        down, up = delora_factors(A, B, lam * weight, w)
-        h = x.to(y.dtype).reshape(-1, x.shape[-1]) @ down.to(y.dtype).T
+        with torch.autocast(x.device.type, enabled=False):  # the layer has chosen the dtype of y: keep to it
+            down, up = delora_factors(A, B, lam * weight, w)
+            h = x.to(y.dtype).reshape(-1, x.shape[-1]) @ down.to(y.dtype).T
+            result = torch.addmm(y.reshape(-1, y.shape[-1]), h, up.to(y.dtype).T).view(y.shape)
         trained = any(ctx.needs_input_grad[2:5])
         ctx.save_for_backward(*((x, h) if trained else (None, None)), A, B, lam, weight, w)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h, up.to(y.dtype).T).view(y.shape)
+        return result
 
     @staticmethod
     @once_differentiable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ class Record:
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the base's parameters, before any adapter
     trained_in_full: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)  # adapter -> name -> its value
     base_values: dict[str, nn.Parameter] = field(default_factory=dict)  # parameters that a value above stands in for
+    enabled: bool = True  # False: no adapter acts, and the base's own parameters are in
 
 
 def inject_delora(
@@ -65,14 +67,21 @@ def inject_delora(
         adapter.initialise(config.lambda_of(name), config.init_weights, generator)
         adapters[name] = adapter.to(w_norm.device)
     full = _trained_in_full(module, config, targets, record.base_values)
+    adapted = [name for name in delora_layers(module) if f"{name}.weight" in full]
+    saved = {name for values in record.trained_in_full.values() for name in values}
+    if clash := adapted + [name for name in targets if f"{name}.weight" in saved]:
+        raise ValueError(
+            f"{clash[0]!r} cannot be adapted by one adapter and trained in full by another; leave it out of one"
+        )
     if not record.configs:
         record.requires_grad = {name: p.requires_grad for name, p in module.named_parameters()}
         module.requires_grad_(False)
     for name, linear in targets.items():
         if not hasattr(linear, "delora"):
             layer = linear.delora = DeloraLayer()
+            layer.enabled = record.enabled
             layer.hook = linear.register_forward_hook(add_update)
-        layer_of(linear).adapters[adapter_name] = adapters[name]
+        layer_of(linear).adapters[adapter_name] = adapters[name].train(linear.training)
     record.configs[adapter_name] = config
     record.trained_in_full[adapter_name] = full
     module._delora = record  # type: ignore[assignment]
@@ -147,6 +156,11 @@ def set_delora_adapters(module: nn.Module, names: str | Sequence[str], weights: 
         raise ValueError(f"{len(names)} adapters but {len(values)} weights; give one weight, or one for each adapter")
     for name in names:
         known_adapter(record, name)
+    for name, value in zip(names, values, strict=True):
+        if names.count(name) > 1:
+            raise ValueError(f"adapter {name!r} is named twice; give it one weight")
+        if not math.isfinite(value):
+            raise ValueError(f"weight of {name!r} is {value}; it must be finite")
     for _, layer in adapted_layers(module):
         for name, value in zip(names, values, strict=True):
             if name in layer.merged and layer.merged[name] != value:
@@ -170,7 +184,8 @@ def active_delora_adapters(module: nn.Module) -> list[str]:
 def enable_delora(module: nn.Module, enabled: bool = True) -> None:
     """Let the active adapters act, or (False) let none act. Merged weights stay as they are."""
     record = record_of(module)
-    _swap_in(module, record, active_delora_adapters(module) if enabled else [])
+    record.enabled = enabled
+    _swap_in(module, record, active_delora_adapters(module))
     for _, layer in adapted_layers(module):
         layer.enabled = enabled
 
@@ -197,21 +212,25 @@ def delora_disabled(module: nn.Module) -> Iterator[None]:
 
 def _swap_in(module: nn.Module, record: Record, names: Sequence[str]) -> None:
     """Put the base's own parameters back, then those that the adapters `names` trained in full in their place."""
+    wanted: dict[str, nn.Parameter] = {}
+    for adapter in names:
+        for name, parameter in record.trained_in_full[adapter].items():
+            if name in wanted:
+                raise ValueError(f"two of the adapters {list(names)} trained {name!r} in full; activate one of them")
+            wanted[name] = parameter
     for name, parameter in record.base_values.items():
         _set_parameter(module, name, parameter)
     record.base_values = {}
-    for adapter in names:
-        for name, parameter in record.trained_in_full[adapter].items():
-            if name in record.base_values:
-                raise ValueError(f"two of the adapters {list(names)} trained {name!r} in full; activate one of them")
-            base = module.get_parameter(name)
-            record.base_values[name] = base
-            parameter.data = parameter.data.to(base.device, base.dtype)
-            _set_parameter(module, name, parameter)
+    for name, parameter in wanted.items() if record.enabled else ():
+        record.base_values[name] = module.get_parameter(name)
+        _set_parameter(module, name, parameter)
 
 
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in another's place, on the device and in the dtype the module has been moved to meanwhile."""
     owner, _, leaf = name.rpartition(".")
+    there = module.get_parameter(name)
+    parameter.data = parameter.data.to(there.device, there.dtype)
     setattr(module.get_submodule(owner), leaf, parameter)
 
 

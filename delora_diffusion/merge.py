@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .delora import DeloraLayer, base_weight
 from .inject import (
     Record,
+    _swap_in,
     active_delora_adapters,
     adapted_layers,
     delora_layers,
@@ -68,6 +69,8 @@ def merge_delora(
     for path, linear, layer, merged in plan:
         if not _merged_weight(linear, layer, merged).to(linear.weight.dtype).isfinite().all():
             raise ValueError(f"merging {names} gives values that are not finite in {path}; no layer was changed")
+    if permanently:
+        _swap_in(module, record, list(dict.fromkeys(n for *_, merged in plan for n in merged)))
     lost = size = 0.0
     for _, linear, layer, merged in plan:
         exact = _merged_weight(linear, layer, merged)

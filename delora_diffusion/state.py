@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .delora import NORM_FLOOR
-from .inject import delora_adapters, record_of
+from .delora import NORM_FLOOR, base_weight
+from .inject import delora_adapters, delora_layers, record_of
 
 
 def delora_state_dict(
@@ -57,11 +57,11 @@ def load_delora_state_dict(
 
 def _check_base(module: nn.Module, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     """Half-precision bases shift a column norm by less than 0.5 %; another fine-tune of the same model by far more."""
+    layers = delora_layers(module)
     for name in (n for n in own if n.endswith(".delora_w_norm") and not own[n].is_meta):
-        there = tensors[name].to(own[name])
-        off = float(
-            torch.linalg.vector_norm(there - own[name]) / torch.linalg.vector_norm(own[name]).clamp(min=NORM_FLOOR)
-        )
+        here = torch.linalg.vector_norm(base_weight(layers[name.removesuffix(".delora_w_norm")]), dim=0)
+        there = tensors[name].to(here)
+        off = float(torch.linalg.vector_norm(there - here) / torch.linalg.vector_norm(here).clamp(min=NORM_FLOOR))
         if off > 5e-3:
             raise ValueError(
                 f"adapter was trained on another base than this {type(module).__name__}: the column norms of "

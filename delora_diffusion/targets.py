@@ -80,7 +80,7 @@ class DeloraConfig:
                 raise DeloraConfigError(
                     f"lambda of {name!r} is {strength!r}; it must be a finite number of at least 0"
                 )
-        if not 0.0 <= self.module_dropout < 1.0:
+        if not isinstance(self.module_dropout, (int, float)) or not 0.0 <= self.module_dropout < 1.0:
             raise DeloraConfigError(f"module_dropout is {self.module_dropout!r}; it must be at least 0 and below 1")
         if self.bias not in BIAS_CHOICES:
             raise DeloraConfigError(f"bias is {self.bias!r}; choose one of {', '.join(BIAS_CHOICES)}")
@@ -97,7 +97,10 @@ class DeloraConfig:
         for value in (self.target_modules, self.exclude_modules):
             if isinstance(value, str):
                 _check_regex(value)
-        for pattern in (*self.rank_pattern, *self.lambda_pattern):
+        if self.modules_to_save is not None and not isinstance(self.modules_to_save, list):
+            raise DeloraConfigError(f"modules_to_save is {self.modules_to_save!r}; it must be a list of names")
+        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        for pattern in (*self.rank_pattern, *self.lambda_pattern, *layers, *(self.modules_to_save or ())):
             _check_regex(pattern)
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,7 +186,8 @@ def is_target(config: DeloraConfig, name: str, child: nn.Module, root: nn.Module
     if targets == ALL_LINEAR:
         head = getattr(root, "get_output_embeddings", lambda: None)()
         return isinstance(child, nn.Linear) and child is not head
-    return _named(targets, name) and _in_layers(config, name)
+    exact = isinstance(targets, list) and name in targets  # PEFT: a whole name needs no layer index
+    return exact or (_named(targets, name) and _in_layers(config, name))
 
 
 def within(pattern: str, name: str) -> bool:
@@ -198,7 +202,7 @@ def _named(targets: str | list[str], name: str) -> bool:
 
 
 def _in_layers(config: DeloraConfig, name: str) -> bool:
-    if config.layers_to_transform is None:
+    if config.layers_to_transform is None or config.layers_to_transform == []:
         return True
     wanted = config.layers_to_transform
     patterns = config.layers_pattern or [r"[^.]*"]

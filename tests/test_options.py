@@ -1,0 +1,435 @@
+"""Options: one set of names for flags, YAML keys and fields, the precedence of their sources, and every refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import yaml
+
+from delora_diffusion.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    SamplingConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from delora_diffusion.options import OptionError, build, option, parse, read_yaml, to_table, to_yaml
+
+TRAINING = (ModelConfig, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig)
+REQUIRED: dict[type, dict[str, Any]] = {
+    ModelConfig: {"pretrained_model_name_or_path": "base"},
+    DataConfig: {"instance_data_dir": "photos"},
+    SamplingConfig: {"prompts": ["a dog"], "adapter": ["out"]},
+}
+PRIOR = {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a dog"}
+FIELDS = [
+    pytest.param(group, field, id=f"{group.__name__}.{field.name}")
+    for group in (*TRAINING, SamplingConfig)
+    for field in dataclasses.fields(group)
+]
+
+# ---- helpers -------------------------------------------------------------------------------------
+
+
+def read(*argv: str, groups: tuple[type, ...] = TRAINING) -> dict[str, Any]:
+    """All options by name, as the trainer gets them from the command line `argv`."""
+    configs = parse(argv, *groups, prog="train", description="")
+    assert [type(config) for config in configs] == list(groups)
+    return {name: value for config in configs for name, value in vars(config).items()}
+
+
+def train(*argv: str, yaml_file: Path | None = None) -> dict[str, Any]:
+    """The same, with what the trainer cannot do without."""
+    config = ["--config", str(yaml_file)] if yaml_file else []
+    return read("--pretrained_model_name_or_path", "base", "--instance_data_dir", "photos", *config, *argv)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "options.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that a command line is refused with."""
+    with pytest.raises(SystemExit) as stop:
+        train(*argv)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and not printed.out
+    assert printed.err.count("\n") == 1 or "YAML" in printed.err, "one line, unless the YAML parser says where"
+    return printed.err
+
+
+def default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def other(group: type, field: dataclasses.Field[Any]) -> Any:
+    """A valid value of a field that is not its default, with letters that YAML could trip over."""
+    now, hint = default(field), get_type_hints(group)[field.name]
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    if choices := field.metadata["choices"]:
+        return next(choice for choice in choices if choice != now)
+    number = now if isinstance(now, (int, float)) else 0
+    values = {
+        bool: not now, int: number + 8, float: number / 2 + 0.25, str: "ünï: #1 'no'",
+        list[str]: ["a, b", "null", "1e-3"], list[int]: [3, 5], list[float]: [0.5, 2.0],
+        dict[str, int]: {"to_q": 3, ".*\\.1": 5}, dict[str, float]: {"to_q": 1e-7, "b": 2.0},
+    }  # fmt: skip
+    return values[hint if hint in values else kinds[0]]
+
+
+def companions(group: type, name: str) -> dict[str, Any]:
+    """What else must be given for `group` to be valid with the option `name`."""
+    return REQUIRED.get(group, {}) | (PRIOR if name in PRIOR else {})
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """Options as a command line."""
+    argv = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            argv += [f"--{name}" if value else f"--no-{name}"]
+        elif isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            argv += [f"--{name}", yaml.safe_dump(value, default_flow_style=True)]
+        else:
+            argv += [f"--{name}", str(value)]
+    return argv
+
+
+# ---- every option ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group, field", FIELDS)
+def test_every_option_round_trips_through_yaml(group: type, field: dataclasses.Field[Any], tmp_path: Path) -> None:
+    value = other(group, field)
+    config = build(group, companions(group, field.name) | {field.name: value})
+    assert getattr(config, field.name) == value != default(field)
+    (again,) = parse(["--config", str(written(tmp_path, to_yaml(config)))], group, prog="train", description="")
+    assert again == config
+
+
+@pytest.mark.parametrize("group, field", FIELDS)
+def test_every_option_is_a_flag_that_gives_the_same_as_yaml(group: type, field: dataclasses.Field[Any]) -> None:
+    values = companions(group, field.name) | {field.name: other(group, field)}
+    (config,) = parse(as_flags(values), group, prog="train", description="")
+    assert config == build(group, values)
+
+
+def test_a_whole_run_round_trips_through_one_yaml_file(tmp_path: Path) -> None:
+    configs = [build(group, REQUIRED.get(group, {})) for group in TRAINING]
+    path = written(tmp_path, to_yaml(*configs))
+    assert parse(["--config", str(path)], *TRAINING, prog="train", description="") == configs
+
+
+@pytest.mark.parametrize(
+    "name, in_yaml, flags, on_command_line",
+    [
+        ("rank", 8, ["--rank", "4"], 4),
+        ("learning_rate", 0.5, ["--learning_rate=1e-4"], 1e-4),
+        ("instance_prompt", "from yaml", ["--instance_prompt", "from flag"], "from flag"),
+        ("center_crop", False, ["--center_crop"], True),
+        ("random_flip", True, ["--no-random_flip"], False),
+        ("snr_gamma", 5.0, ["--snr_gamma", "3"], 3.0),
+        ("validation_prompt", ["a", "b"], ["--validation_prompt", "c"], ["c"]),
+        ("target_modules", ["to_q"], ["--target_modules", "all-linear"], "all-linear"),
+        ("rank_pattern", {"to_q": 2}, ["--rank_pattern", "{to_k: 3}"], {"to_k": 3}),
+    ],
+)
+def test_the_command_line_wins_over_yaml_and_yaml_over_the_default(
+    name: str, in_yaml: Any, flags: list[str], on_command_line: Any, tmp_path: Path
+) -> None:
+    path = written(tmp_path, yaml.safe_dump({name: in_yaml}))
+    assert train()[name] not in (in_yaml, on_command_line) or isinstance(in_yaml, bool)
+    assert train(yaml_file=path)[name] == in_yaml
+    assert train(*flags, yaml_file=path)[name] == train(*flags)[name] == on_command_line
+
+
+def test_an_empty_yaml_file_and_null_values_mean_the_defaults(tmp_path: Path) -> None:
+    assert train(yaml_file=written(tmp_path, "# nothing yet\n")) == train()
+    assert train(yaml_file=written(tmp_path, "rank: null\nsnr_gamma:\nvalidation_prompt: ~\n")) == train()
+
+
+def test_two_configs_never_share_a_default_list_or_dict() -> None:
+    first, second = train(), train()
+    first["validation_prompt"].append("x")
+    first["rank_pattern"]["x"] = 1
+    assert second["validation_prompt"] == train()["validation_prompt"] == []
+    assert second["rank_pattern"] == train()["rank_pattern"] == {}
+
+
+# ---- values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, name, value",
+    [
+        ("learning_rate: 1e-3", "learning_rate", 1e-3),  # text to YAML 1.1
+        ("learning_rate: 1", "learning_rate", 1.0),
+        ("rank: '4'", "rank", 4),
+        ("rank: 4.0", "rank", 4),
+        ("instance_prompt: 42", "instance_prompt", "42"),
+        ("mixed_precision: no", "mixed_precision", "no"),  # false to YAML 1.1
+        ("random_flip: yes", "random_flip", True),
+        ("random_flip: 'True'", "random_flip", True),
+        ("validation_prompt: a dog", "validation_prompt", ["a dog"]),
+        ("target_modules: to_q", "target_modules", "to_q"),
+        ("target_modules: [to_q, to_k]", "target_modules", ["to_q", "to_k"]),
+        ("lambda_pattern: {to_q: 1e-3, 1: 2}", "lambda_pattern", {"to_q": 1e-3, "1": 2.0}),
+        ("rank_pattern: {to_q: '8'}", "rank_pattern", {"to_q": 8}),
+    ],
+)
+def test_yaml_values_become_the_options_type(text: str, name: str, value: Any, tmp_path: Path) -> None:
+    found = train(yaml_file=written(tmp_path, text))[name]
+    assert found == value and type(found) is type(value)
+    if isinstance(value, dict):
+        assert [type(v) for v in found.values()] == [type(v) for v in value.values()]
+
+
+@pytest.mark.parametrize(
+    "flags, value",
+    [
+        (["--target_modules", "to_q", "to_k"], ["to_q", "to_k"]),
+        (["--target_modules", r".*attn1.*to_(q|k)"], r".*attn1.*to_(q|k)"),
+        (["--target_modules", "all-linear"], "all-linear"),
+        ([], None),
+    ],
+)
+def test_target_modules_is_one_regex_or_a_list_of_names(flags: list[str], value: Any) -> None:
+    assert train(*flags)["target_modules"] == value
+
+
+WRONG = [
+    ("rank: four", "rank is 'four'", "a whole number"),
+    ("rank: 4.5", "rank is 4.5", "a whole number"),
+    ("rank: true", "rank is True", "a whole number"),
+    ("rank: [4]", "rank is [4]", "a whole number"),
+    ("rank: .inf", "rank is inf", "a whole number"),
+    ("learning_rate: fast", "learning_rate is 'fast'", "a number"),
+    ("learning_rate: .nan", "learning_rate is nan", "a number"),
+    ("learning_rate: yes", "learning_rate is True", "a number"),
+    ("train_text_encoder: 3", "train_text_encoder is 3", "true or false"),
+    ("instance_prompt: [a, b]", "instance_prompt is ['a', 'b']", "text"),
+    ("instance_prompt: true", "instance_prompt is True", "text"),
+    ("validation_prompt: [[a]]", "validation_prompt is ['a']", "text"),
+    ("rank_pattern: 3", "rank_pattern is 3", "a mapping"),
+    ("rank_pattern: {to_q: four}", "rank_pattern[to_q] is 'four'", "a whole number"),
+    ("lambda_pattern: [to_q]", "lambda_pattern is ['to_q']", "a mapping"),
+]
+
+
+@pytest.mark.parametrize("text, found, expected", WRONG)
+def test_a_wrong_type_in_yaml_names_file_option_value_and_what_to_give(
+    text: str, found: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, text)
+    message = refusal(capsys, "--config", str(path))
+    assert f"{path}: {found}; it must be {expected}" in message
+
+
+@pytest.mark.parametrize(
+    "flags, found, expected",
+    [
+        (["--rank", "four"], "rank is 'four'", "a whole number"),
+        (["--rank", "4.5"], "rank is '4.5'", "a whole number"),
+        (["--learning_rate=fast"], "learning_rate is 'fast'", "a number"),
+        (["--rank_pattern", "8"], "rank_pattern is '8'", "a mapping"),
+        (["--rank_pattern", "{to_q"], "rank_pattern is '{to_q'", "a mapping"),
+        (["--rank_pattern", "{to_q: x}"], "rank_pattern[to_q] is 'x'", "a whole number"),
+    ],
+)
+def test_a_wrong_type_on_the_command_line_is_refused(
+    flags: list[str], found: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"train: error: {found}; it must be {expected}" in refusal(capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--init_weights", "pared"], "init_weights is 'pared'; choose one of zero, residual, paired, kaiming"),
+        (["--init_weights", "pared"], "did you mean paired?"),
+        (["--mixed_precision", "float64"], "mixed_precision is 'float64'; choose one of no, fp16, bf16"),
+        (["--lr_scheduler", "cosin"], "did you mean cosine?"),
+    ],
+)
+def test_a_bad_choice_lists_the_choices(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refusal(capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--resolution", "500"], "resolution is 500; it must be a multiple of 8, e.g. 496"),
+        (["--resolution", "4"], "a multiple of 8, e.g. 8"),
+        (["--max_train_steps", "0"], "max_train_steps is 0; it must be at least 1"),
+        (["--learning_rate", "-1"], "learning_rate is -1.0; it must be at least 0"),
+        (["--checkpoints_total_limit", "0"], "checkpoints_total_limit is 0; it must be at least 1"),
+        (["--ema_decay", "1"], "ema_decay is 1.0; it must be at least 0 and below 1"),
+        (["--snr_gamma", "0"], "snr_gamma is 0.0; it must be positive"),
+        (["--validation_steps", "0"], "validation_steps is 0; it must be at least 1"),
+        (["--with_prior_preservation"], "needs class_data_dir"),
+        (["--class_prompt", "a dog"], "do nothing without with_prior_preservation"),
+        (["--num_crops", "0"], "num_crops is 0; it must be at least 1"),
+        (["--prior_loss_weight", "-0.5"], "prior_loss_weight is -0.5; it must be at least 0"),
+    ],
+)
+def test_values_and_combinations_that_cannot_be_meant_are_refused(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refusal(capsys, *flags)
+
+
+@pytest.mark.parametrize("missing", ["pretrained_model_name_or_path", "instance_data_dir"])
+def test_a_missing_base_or_folder_is_named(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {name: value for values in REQUIRED.values() for name, value in values.items() if name != missing}
+    flags = as_flags(
+        {name: given[name] for name in ("pretrained_model_name_or_path", "instance_data_dir") if name in given}
+    )
+    with pytest.raises(SystemExit):
+        read(*flags)
+    assert f"{missing} is missing; give the folder" in capsys.readouterr().err
+
+
+# ---- unknown options and bad files ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--learning_rte", "1"], "unknown option --learning_rte; did you mean --learning_rate?"),
+        (["--learning-rate=1"], "unknown option --learning-rate; did you mean --learning_rate?"),
+        (["--lambda_learning_rat", "1"], "did you mean --lambda_learning_rate?"),
+        (["--no-centre_crop"], "unknown option --no-centre_crop; did you mean --no-center_crop?"),
+        (["--validation_epochs", "50"], "did you mean --validation_steps?"),
+        (["--zzzzzz"], "unknown option --zzzzzz; see --help"),
+        (["--instance_prompt", "a", "photo"], "unknown option photo; quote values with spaces"),
+        (["--rank"], "argument --rank: expected one argument"),
+        (["--learn", "1"], "unknown option --learn"),  # no abbreviations: they would change meaning with new options
+    ],
+)
+def test_an_unknown_flag_suggests_the_nearest(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refusal(capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("learning_rte: 1", "unknown option 'learning_rte'; did you mean learning_rate?"),
+        ("Rank: 1", "unknown option 'Rank'; did you mean rank?"),
+        ("qqqqqq: 1", "unknown option 'qqqqqq'; see --help"),
+        ("1: 2", "unknown option 1; see --help"),
+        ("- rank\n- 4", "holds a list; it must be"),
+        ("just text", "holds a str; it must be"),
+        ("rank: [4", "is not valid YAML"),
+        ("rank: 4\n\tlearning_rate: 1", "is not valid YAML"),
+    ],
+)
+def test_a_bad_yaml_file_is_named_with_what_is_wrong(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, text)
+    message = refusal(capsys, "--config", str(path))
+    assert str(path) in message and said in message
+
+
+def test_a_missing_yaml_file_and_a_folder_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "missing.yaml"
+    assert f"cannot read --config {missing}: No such file" in refusal(capsys, "--config", str(missing))
+    assert f"cannot read --config {tmp_path}: " in refusal(capsys, "--config", str(tmp_path))
+
+
+def test_read_yaml_raises_what_the_trainer_reports(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="did you mean rank"):
+        read_yaml(written(tmp_path, "rnk: 4"), AdapterConfig)
+    assert read_yaml(written(tmp_path, "rank: 4"), AdapterConfig) == {"rank": 4}
+
+
+# ---- names ----------------------------------------------------------------------------------------
+
+DIFFUSERS_FLAGS = """
+    pretrained_model_name_or_path instance_data_dir instance_prompt class_data_dir class_prompt
+    with_prior_preservation prior_loss_weight num_class_images resolution train_text_encoder train_batch_size
+    gradient_accumulation_steps gradient_checkpointing learning_rate lr_scheduler lr_warmup_steps max_train_steps
+    checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompt num_validation_images
+    snr_gamma mixed_precision seed report_to push_to_hub hub_model_id output_dir
+"""
+OUR_FLAGS = """
+    rank delora_lambda lambda_learning_rate module_dropout target_modules rank_pattern lambda_pattern init_weights
+"""
+
+
+@pytest.mark.parametrize("name", [*DIFFUSERS_FLAGS.split(), *OUR_FLAGS.split()])
+def test_the_promised_names_exist(name: str) -> None:
+    assert name in train()
+
+
+def test_no_two_configs_of_the_trainer_have_an_option_in_common() -> None:
+    names = [field.name for group in TRAINING for field in dataclasses.fields(group)]
+    assert len(names) == len(set(names)) and "config" not in names
+
+
+def test_a_command_of_diffusers_dreambooth_script_parses() -> None:
+    options = read(
+        "--pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5", "--instance_data_dir=dog",
+        "--output_dir=out", "--instance_prompt=a photo of sks dog", "--resolution=512", "--train_batch_size=1",
+        "--gradient_accumulation_steps=2", "--checkpointing_steps=100", "--learning_rate=1e-4", "--report_to=wandb",
+        "--lr_scheduler=constant", "--lr_warmup_steps=0", "--max_train_steps=800", "--with_prior_preservation",
+        "--prior_loss_weight=0.5", "--class_data_dir=dogs", "--class_prompt=a photo of dog", "--num_class_images=200",
+        "--validation_prompt=A photo of sks dog in a bucket", "--seed=0", "--push_to_hub", "--train_text_encoder",
+        "--gradient_checkpointing", "--mixed_precision=fp16", "--snr_gamma=5.0",
+    )  # fmt: skip
+    expected = {
+        "instance_prompt": "a photo of sks dog", "resolution": 512, "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-4, "max_train_steps": 800, "with_prior_preservation": True, "prior_loss_weight": 0.5,
+        "num_class_images": 200, "validation_prompt": ["A photo of sks dog in a bucket"], "seed": 0,
+        "push_to_hub": True, "train_text_encoder": True, "gradient_checkpointing": True, "mixed_precision": "fp16",
+        "snr_gamma": 5.0, "class_prompt": "a photo of dog", "report_to": "wandb",
+    }  # fmt: skip
+    assert {name: options[name] for name in expected} == expected
+
+
+# ---- what is shown --------------------------------------------------------------------------------
+
+
+def test_help_shows_every_option_with_its_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    for group in TRAINING:
+        for field in dataclasses.fields(group):
+            assert f"--{field.name}" in shown
+            for choice in field.metadata["choices"] or ():
+                assert choice in re.sub(r"\s+", " ", shown)
+
+
+def test_the_table_has_one_row_of_three_cells_for_every_option() -> None:
+    groups = (*TRAINING, SamplingConfig)
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in to_table(*groups).splitlines()]
+    assert {len(row) for row in rows} == {3}
+    shown = [row[0].strip(" `") for row in rows[2:]]
+    assert shown == [f"--{field.name}" for group in groups for field in dataclasses.fields(group)]
+    by_name = dict(zip(shown, rows[2:], strict=True))
+    assert by_name["--rank"][1].strip() == "`16`" and by_name["--report_to"][1].strip() == ""
+    assert by_name["--seeds"][1].strip() == "`[0]`" and by_name["--random_flip"][1].strip() == "`false`"
+    assert "paired" in by_name["--init_weights"][2]
+
+
+def test_a_percent_sign_in_a_help_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Shares:
+        """Shares."""
+
+        share: float = option(0.1, "drop 10 % of them")
+
+    with pytest.raises(SystemExit):
+        parse(["--help"], Shares, prog="x", description="")
+    assert "drop 10 % of them [0.1]" in capsys.readouterr().out
