@@ -40,7 +40,8 @@ INIT_TENSOR_NAMES = ("delora_A_init", "delora_B_init", "delora_lambda_init")
 def delora_factors(A: Tensor, B: Tensor, scale: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """The update as a product of two thin matrices, dW = up @ down.
 
-    down = A diag(w) and up = B diag(scale / (r |a_i| |b_i|)), with `scale` = lambda times the adapter's weight.
+    down = diag(1 / |a_i|) A diag(w) and up = B diag(scale / (r |b_i|)), with `scale` = lambda times the adapter's
+    weight. Each is bounded, however long a_i and b_i have become, so both can be cast to half precision.
 
     Args:
         A: (r, in). B: (out, r). scale: (1,). w: (in,), the column norms of the base weight. All fp32.
@@ -48,7 +49,7 @@ def delora_factors(A: Tensor, B: Tensor, scale: Tensor, w: Tensor) -> tuple[Tens
     Returns:
         down (r, in) and up (out, r).
     """
-    return A * w, B * (scale / (A.shape[0] * _row_norms(A) * _row_norms(B.T)))
+    return A * (w / _row_norms(A)[:, None]), B * (scale / (A.shape[0] * _row_norms(B.T)))
 
 
 def _row_norms(matrix: Tensor) -> Tensor:
@@ -82,17 +83,18 @@ class _AddUpdate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grads
         x, h, A, B, lam, weight, w = ctx.saved_tensors
-        down, up = delora_factors(A, B, lam * weight, w)
-        g = grad_y.reshape(-1, grad_y.shape[-1])
-        grad_h = g @ up.to(g.dtype)
         grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_h @ down.to(g.dtype)).view(ctx.x_shape).to(ctx.x_dtype)
-        if x is None:
-            return grad_x, grad_y, None, None, None, None, None
-        grad_down = (grad_h.T @ x.to(g.dtype).reshape(-1, x.shape[-1])).float()
-        grad_up = (g.T @ h).float()
-        return grad_x, grad_y, *_factor_gradients(A, B, lam, weight, w, grad_down, grad_up), None, None
+        with torch.autocast(grad_y.device.type, enabled=False):
+            down, up = delora_factors(A, B, lam * weight, w)
+            g = grad_y.reshape(-1, grad_y.shape[-1])
+            grad_h = g @ up.to(g.dtype)
+            if ctx.needs_input_grad[0]:
+                grad_x = (grad_h @ down.to(g.dtype)).view(ctx.x_shape).to(ctx.x_dtype)
+            if x is None:
+                return grad_x, grad_y, None, None, None, None, None
+            grad_down = (grad_h.T @ x.to(g.dtype).reshape(-1, x.shape[-1])).float()
+            grad_up = (g.T @ h).float()
+            return grad_x, grad_y, *_factor_gradients(A, B, lam, weight, w, grad_down, grad_up), None, None
 
 
 def _factor_gradients(
@@ -100,17 +102,18 @@ def _factor_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The chain rule through `delora_factors`: gradients with respect to A, B and lambda.
 
-    With s_i = weight lambda / (r |a_i| |b_i|) and g_i = dL/ds_i = <grad_up[:, i], b_i>, a floored norm being constant:
-    dA_i = grad_down_i w - g_i s_i a_i / |a_i|^2,  dB_i = grad_up_i s_i - g_i s_i b_i / |b_i|^2,
-    dlambda = sum_i g_i s_i / lambda.
+    With D_i = grad_down_i w, U_i = grad_up[:, i] and s_i = weight lambda / (r |b_i|), a floored norm being constant:
+    dA_i = (D_i - <D_i, a_i> a_i / |a_i|^2) / |a_i|,  dB_i = (U_i - <U_i, b_i> b_i / |b_i|^2) s_i,
+    dlambda = sum_i <U_i, b_i> s_i / lambda.
     """
     a, b = _row_norms(A), _row_norms(B.T)
-    per_lambda = weight / (A.shape[0] * a * b)
-    s = per_lambda * lam
-    g = (grad_up * B).sum(0)
-    pull_a = torch.where(a > NORM_FLOOR, g * s / a.square(), 0.0)
-    pull_b = torch.where(b > NORM_FLOOR, g * s / b.square(), 0.0)
-    return grad_down * w - A * pull_a[:, None], grad_up * s - B * pull_b, (g * per_lambda).sum().reshape(1)
+    along_a, along_b = (grad_down * w * A).sum(1), (grad_up * B).sum(0)
+    pull_a = torch.where(a > NORM_FLOOR, along_a / a.square(), 0.0)
+    pull_b = torch.where(b > NORM_FLOOR, along_b / b.square(), 0.0)
+    per_lambda = weight / (A.shape[0] * b)
+    grad_A = (grad_down * w - A * pull_a[:, None]) / a[:, None]
+    grad_B = (grad_up - B * pull_b) * (per_lambda * lam)
+    return grad_A, grad_B, (along_b * per_lambda).sum().reshape(1)
 
 
 # ---- one adapter, and all adapters of one Linear -------------------------------------------------
@@ -268,5 +271,5 @@ def base_weight(linear: nn.Linear) -> Tensor:
             f"cannot read the weight of a {type(linear).__name__} ({weight.dtype}); "
             f"plain, torchao and bitsandbytes 4-bit Linear layers can be adapted"
         )
-    plain: Tensor = weight.detach().float()
+    plain: Tensor = weight.detach().to(linear.weight.device).float()
     return plain

@@ -36,6 +36,8 @@ def inject_delora(
 ) -> list[str]:
     """Add an adapter to the Linear layers that `config` names, freeze everything else, and make it the active one.
 
+    The norms w are taken now: load the base's weights first (an adapter's file brings its own norms along).
+
     Args:
         module: any module; its layers stay where and what they are.
         config: which layers, which rank, which lambda.
@@ -110,7 +112,9 @@ def _trained_in_full(
 
 
 def remove_delora(module: nn.Module, adapter_name: str | None = None) -> None:
-    """Take an adapter (all of them if None) out again: the exact inverse of `inject_delora`, merged or not.
+    """Take an adapter (all of them if None) out again: the exact inverse of `inject_delora`.
+
+    If it is merged, all adapters are unmerged first; those that stay act beside the weights.
 
     Raises:
         ValueError: there is no such adapter.

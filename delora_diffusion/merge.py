@@ -56,6 +56,10 @@ def merge_delora(
     names = [asked] if isinstance(asked, str) else list(asked)
     for name in names:
         known_adapter(record, name)
+    acting = active_delora_adapters(module)
+    for name in names:
+        if record.trained_in_full[name] and name not in acting and not permanently:
+            raise ValueError(f"adapter {name!r} trained parameters in full; make it active before merging it")
     plan = []
     for path, linear in delora_layers(module).items():
         layer = layer_of(linear)

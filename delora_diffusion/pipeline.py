@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import inject, merge
@@ -236,10 +237,12 @@ def load_pipeline(
         base: folder or Hub id of the base pipeline.
         adapters: what `load_delora_weights` takes.
         weights: one strength, or one for each adapter; 1 if None.
-        from_pretrained: passed to `DiffusionPipeline.from_pretrained` (torch_dtype, variant, ...).
+        from_pretrained: passed to `DiffusionPipeline.from_pretrained` (variant, dtype, ...); fp32 without a dtype.
     """
     from diffusers import DiffusionPipeline
 
+    if "torch_dtype" not in from_pretrained:  # left alone, transformers 5 keeps fp16 files fp16 and diffusers does not
+        from_pretrained = {"dtype": torch.float32, **from_pretrained}
     pipe = DiffusionPipeline.from_pretrained(str(base), **from_pretrained)
     names = [load_delora_weights(pipe, adapter).adapter_name for adapter in adapters]
     set_adapters(pipe, names, 1.0 if weights is None else weights)
