@@ -534,6 +534,19 @@ def test_load_pipeline_without_adapters_is_the_base(base: Path) -> None:
     assert equal(bits(load_pipeline(base)), bits(StableDiffusionPipeline.from_pretrained(base)))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16], ids=str)
+def test_load_pipeline_gives_one_precision_whatever_the_files_have(
+    dtype: torch.dtype | None, own: Any, trained: Trained, tmp_path: Path
+) -> None:
+    """By itself `from_pretrained` makes an fp32 UNet of half-precision files, but a half-precision text encoder."""
+    adapter = write_adapter(tmp_path, trained(*BOTH))
+    cast(own, torch.float16)
+    own.save_pretrained(tmp_path / "half")
+    pipe = load_pipeline(tmp_path / "half", adapter, **({"dtype": dtype} if dtype else {}))
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {dtype or torch.float32}
+    assert noise_of(pipe).isfinite().all()
+
+
 def test_load_pipeline_refuses_another_number_of_weights(
     trained: Trained, base: Path, original: Any, tmp_path: Path
 ) -> None:
