@@ -1,0 +1,161 @@
+"""The pocket CLIP: a small `CLIPModel` that tells which caption goes with which picture.
+
+    python samples/pocket/clip.py --work WORK      # trains, then writes WORK/clip and WORK/text_encoder
+
+Its text tower is the pipeline's text encoder, as in Stable Diffusion; as a whole it scores pictures against prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
+import torch
+from scenes import load_images, load_labels
+from tokens import LENGTH, train_tokenizer
+from torch import nn
+from torch.nn import functional as F
+from training import Plan, to_tensor, train
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+from transformers.models.clip import CLIPImageProcessorPil
+from world import COLOUR_NAMES, PLACE_NAMES, THING_NAMES, Labels, caption_of, scene, training_caption
+
+WIDTH = 128
+NUMBERS = {name: k for k, name in enumerate((*THING_NAMES, *PLACE_NAMES, *COLOUR_NAMES))}
+PLACE_SLOT = torch.tensor([False, True, False])  # among thing, place, colour: only the place may go unsaid
+BOTH = Plan(steps=1000, minutes=14, batch=96)
+VISION = Plan(steps=1000, minutes=12, batch=96, muon_lr=0.01, adam_lr=1e-3, ema_decay=0.99)
+
+
+def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Untrained, 1.9 M parameters; patches of 8 x 8 px."""
+    tower = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_attention_heads": 4}
+    text = tower | {
+        "num_hidden_layers": 4, "vocab_size": len(tokenizer), "max_position_embeddings": LENGTH,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = tower | {"num_hidden_layers": 6, "image_size": 64, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """int64 [n, LENGTH], padded and cut as the pipeline does it."""
+    padded = tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+    ids: torch.Tensor = padded.input_ids
+    return ids
+
+
+def degrade(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Pictures [n, 3, h, w] with some blur and noise, so that generated pictures are judged by what they show."""
+    blurred = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+    amount, noise = torch.rand(2, len(x), 1, 1, 1, generator=generator)
+    return torch.lerp(x, blurred, amount) + 0.1 * noise * torch.randn(x.shape, generator=generator)
+
+
+def contrast(model: nn.Module, ids: torch.Tensor, x: torch.Tensor, *, fits: torch.Tensor) -> torch.Tensor:
+    """CLIP's symmetric cross entropy; pairs that fit by chance (bool [n, n], rows are images) are not counted."""
+    others = ~torch.eye(len(x), dtype=torch.bool)
+    logits = model(input_ids=ids, pixel_values=x).logits_per_image.masked_fill(fits & others, -1e4)
+    target = torch.arange(len(x))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def fit(
+    model: CLIPModel, tokenizer: CLIPTokenizer, work: Path, *, plan: Plan, places: int | None, name: str
+) -> CLIPModel:
+    """Train on scenes and captions, checkpoint in WORK/<name>.pt; returns the EMA model.
+
+    Every batch shows that many places, or any if None.
+    """
+    images, labels = load_images(work), load_labels(work)
+    rows_of = [np.flatnonzero([entry.place == place for entry in labels]) for place in PLACE_NAMES]
+
+    def loss_of(model: nn.Module, rng: np.random.Generator, generator: torch.Generator) -> torch.Tensor:
+        if places is None:
+            rows = rng.integers(0, len(labels), plan.batch)
+        else:
+            chosen = rng.choice(len(PLACE_NAMES), places, replace=False)
+            rows = np.concatenate([rng.choice(rows_of[k], plan.batch // places) for k in chosen])
+        captions, said = zip(*(training_caption(labels[k], rng) for k in rows), strict=True)
+        shown = code([labels[k] for k in rows])[:, None]
+        stated = code(said)[None]
+        fits = ((shown == stated) | ((stated == -1) & PLACE_SLOT)).all(-1)
+        x = degrade(to_tensor(images[rows]), generator).contiguous()
+        return contrast(model, tokenize(tokenizer, list(captions)), x, fits=fits)
+
+    averaged = train(model, loss_of, plan=plan, checkpoint=work / f"{name}.pt")
+    assert isinstance(averaged, CLIPModel)
+    return averaged
+
+
+def train_clip(work: Path) -> tuple[CLIPModel, CLIPTokenizer]:
+    """Both towers on mixed batches; then the vision tower alone on few places, where things tell apart.
+
+    The text tower stays as it was after the first round, because the denoiser depends on it.
+    """
+    tokenizer = train_tokenizer()
+    model = fit(new_clip(tokenizer), tokenizer, work, plan=BOTH, places=None, name="clip")
+    model.train().requires_grad_(True)
+    model.text_model.requires_grad_(False)
+    return fit(model, tokenizer, work, plan=VISION, places=3, name="clip_vision").eval(), tokenizer
+
+
+def code(labels: Sequence[Labels]) -> torch.Tensor:
+    """int64 [n, 3]: thing, place and colour as numbers, -1 for what is not said."""
+    return torch.tensor([[NUMBERS.get(name, -1) for name in astuple(entry)] for entry in labels])
+
+
+@torch.inference_mode()
+def name_scenes(model: CLIPModel, tokenizer: CLIPTokenizer, x: torch.Tensor) -> list[tuple[str, str]]:
+    """Zero-shot (thing, place) of pictures [n, 3, 64, 64] in -1..1.
+
+    A thing is scored by the mean embedding of its captions in all places, a place by that of its captions with all
+    things. The captions have no colour words, nor should the pictures have had.
+    """
+    image = F.normalize(model.visual_projection(model.vision_model(pixel_values=x).pooler_output), dim=-1)
+    labels = [Labels(t, p) for t in THING_NAMES for p in PLACE_NAMES]
+    grid = embed_captions(model, tokenizer, labels).view(len(THING_NAMES), len(PLACE_NAMES), -1)
+    things = (image @ F.normalize(grid.mean(1), dim=-1).T).argmax(-1).tolist()
+    places = (image @ F.normalize(grid.mean(0), dim=-1).T).argmax(-1).tolist()
+    return [(THING_NAMES[t], PLACE_NAMES[p]) for t, p in zip(things, places, strict=True)]
+
+
+def embed_captions(model: CLIPModel, tokenizer: CLIPTokenizer, labels: list[Labels]) -> torch.Tensor:
+    """Unit text embeddings [n, WIDTH] of the captions of these labels."""
+    ids = tokenize(tokenizer, [caption_of(entry, template="a photo of a {}") for entry in labels])
+    parts = [model.text_model(input_ids=part).pooler_output for part in ids.split(256)]
+    return F.normalize(model.text_projection(torch.cat(parts)), dim=-1)
+
+
+def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, *, count: int = 400) -> tuple[float, float]:
+    """Shares of unseen scenes in natural colours whose thing, and whose place, is named correctly."""
+    scenes = [s for s in (scene(k, unseen=True) for k in range(2 * count)) if s.labels.colour is None][:count]
+    named = name_scenes(model, tokenizer, to_tensor(np.stack([np.asarray(s.image) for s in scenes])))
+    hits = [(t == s.labels.thing, p == s.labels.place) for s, (t, p) in zip(scenes, named, strict=True)]
+    return sum(t for t, _ in hits) / count, sum(p for _, p in hits) / count
+
+
+def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, work: Path) -> None:
+    """Write WORK/clip (model and processor), WORK/text_encoder and WORK/tokenizer."""
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    model.save_pretrained(work / "clip")
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(work / "clip")
+    encoder = CLIPTextModel(model.config.text_config)
+    encoder.load_state_dict({k.removeprefix("text_model."): v for k, v in model.text_model.state_dict().items()})
+    encoder.save_pretrained(work / "text_encoder")
+    tokenizer.save_pretrained(work / "tokenizer")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    work = parser.parse_args().work
+    clip, clip_tokenizer = train_clip(work)
+    print("clip: things {:.1%}, places {:.1%} on unseen scenes".format(*accuracy(clip, clip_tokenizer)))
+    save_clip(clip, clip_tokenizer, work)
