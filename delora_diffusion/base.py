@@ -67,24 +67,32 @@ def quiet_libraries() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def prepare_output(training: TrainingConfig) -> Path:
-    """The run's output folder, ready to be written to.
+def check_output(training: TrainingConfig) -> None:
+    """Refuse an output folder that cannot be used. Nothing is changed.
 
     Raises:
-        OptionError: it holds another run, which is neither resumed nor to be overwritten.
+        OptionError: it is a file, or holds another run which is neither resumed nor to be overwritten.
     """
     out = Path(training.output_dir)
     if out.exists() and not out.is_dir():
         raise OptionError(f"output_dir {out} is a file; give a folder")
-    ours = [p for p in (out / FILE_NAME, out / "config.yaml", out / "log.jsonl", out / "previews") if p.exists()]
-    if training.overwrite_output_dir and not training.resume_from_checkpoint:
-        for path in [*ours, *checkpoints(out)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif (ours or checkpoints(out)) and not training.resume_from_checkpoint:
-        found = ", ".join(p.name for p in [*ours, *checkpoints(out)])
+    if (found := _run_in(out)) and not training.resume_from_checkpoint and not training.overwrite_output_dir:
         raise OptionError(
-            f"output_dir {out} holds another run ({found}); give another folder, continue it with "
-            f"--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
+            f"output_dir {out} holds another run ({', '.join(p.name for p in found)}); give another folder, "
+            f"continue it with --resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
         )
+
+
+def clear_output(training: TrainingConfig) -> None:
+    """Take away the run that `overwrite_output_dir` replaces; to be called when nothing can be refused any more."""
+    out = Path(training.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    return out
+    if training.overwrite_output_dir and not training.resume_from_checkpoint:
+        for path in _run_in(out):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _run_in(out: Path) -> list[Path]:
+    """What a run left in a folder."""
+    named = [p for p in (out / FILE_NAME, out / "config.yaml", out / "log.jsonl", out / "previews") if p.exists()]
+    return [*named, *checkpoints(out)]

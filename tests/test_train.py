@@ -270,6 +270,15 @@ def test_another_run_in_the_folder_is_refused_and_kept(run: Run, capsys: pytest.
     assert (run("out", "--seed=1", "--overwrite_output_dir") / FILE_NAME).read_bytes() != before
 
 
+def test_options_that_are_refused_cost_no_earlier_run(run: Run) -> None:
+    out = run("out", "--checkpointing_steps=2")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    run("out", "--overwrite_output_dir", "--target_modules=to_x", code=1)
+    run("out", "--overwrite_output_dir", "--pretrained_model_name_or_path=no/such", code=1)
+    run("out", "--resume_from_checkpoint=latest", "--rank=8", code=1)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_resuming_with_other_options_is_refused(run: Run, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("out", "--checkpointing_steps=2")
     run("out", "--rank=8", "--resume_from_checkpoint=latest", code=1)

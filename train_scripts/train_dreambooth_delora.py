@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from delora_diffusion.base import BaseModelError, load_base, prepare_output, quiet_libraries
+from delora_diffusion.base import BaseModelError, check_output, clear_output, load_base, quiet_libraries
 from delora_diffusion.batches import Examples
 from delora_diffusion.card import push_to_hub, write_card
 from delora_diffusion.checkpoint import CheckpointError
@@ -55,17 +55,12 @@ def run(
 
     # ---- load: photos first, so that a wrong folder is told before anything large is read
     instances = instance_examples(data, seed=seed)
-    if main:
-        prepare_output(training)
-    accelerator.wait_for_everyone()
+    check_output(training)
     pipe = load_base(model, precision=accelerator.mixed_precision)
     family, objective = family_of(pipe), objective_of(pipe.scheduler)
     encoders = [name for name in family.text_encoders if getattr(pipe, name, None) is not None]
     denoiser = getattr(pipe, family.denoiser)
     base_identity = fingerprint(denoiser, pipe.vae, *(getattr(pipe, name) for name in encoders))
-    if main:
-        kept = replace(training, resume_from_checkpoint=None, overwrite_output_dir=False)
-        (out / "config.yaml").write_text(to_yaml(model, adapter, data, kept, validation), encoding="utf-8")
 
     # ---- class images that are missing are drawn by the base
     if data.with_prior_preservation and data.class_data_dir and data.class_prompt:
@@ -117,7 +112,15 @@ def run(
         elif training.gradient_checkpointing:
             module.gradient_checkpointing_enable({"use_reentrant": False})
 
-    # ---- train
+    # ---- train: what is in the folder is replaced only now, when nothing can be refused any more
+    kept = replace(training, resume_from_checkpoint=None, overwrite_output_dir=False)
+    settings_file = to_yaml(model, adapter, data, kept, validation)
+    if main:
+        clear_output(training)
+        if not training.resume_from_checkpoint:
+            (out / "config.yaml").write_text(settings_file, encoding="utf-8")
+    accelerator.wait_for_everyone()
+
     def show(step: int) -> None:
         if main and validation.validation_prompt:
             with accelerator.autocast():
@@ -139,6 +142,7 @@ def run(
 
     # ---- save
     if main:
+        (out / "config.yaml").write_text(settings_file, encoding="utf-8")
         provenance = {"base_model": model.pretrained_model_name_or_path, "base_fingerprint": base_identity,
                       "family": family.name, "steps": str(training.max_train_steps), "seed": str(seed),
                       "instance_prompt": data.instance_prompt or ""}  # fmt: skip
