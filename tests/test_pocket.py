@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +22,7 @@ from things import COLOURS, THINGS, font_path  # noqa: E402
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch_dtype is named dtype in later releases of diffusers
-        loaded = StableDiffusionPipeline.from_pretrained(
-            POCKET / "base", torch_dtype=torch.float32, local_files_only=True
-        )
+    loaded = StableDiffusionPipeline.from_pretrained(POCKET / "base", dtype=torch.float32, local_files_only=True)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 

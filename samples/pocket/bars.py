@@ -56,7 +56,7 @@ def shares(found: Hits) -> dict[str, float]:
 
 def measure(folder: Path, *, count: int, steps: int, guidance: float) -> tuple[dict[str, object], list[Image.Image]]:
     """All figures, and the generated pictures."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / "base", torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "base", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     clip = CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
