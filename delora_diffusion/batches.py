@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .data import Example, View
 from .encode import Encoded
 from .families import Conditioning, Family, stack_conditioning
+from .inject import delora_disabled
 from .objective import Objective
 from .seeds import derived_seed
 
@@ -20,7 +21,8 @@ class Examples:
     """What is trained on: photos of the subject, images of its class, and everything cached about them.
 
     `conditioning` holds the encoded captions; it is None while a text encoder is trained, and captions are then
-    encoded at every step by `encode`.
+    encoded at every step by `encode`. `preserved` holds prompts for which the base's own predictions are to be kept,
+    as the base encodes them, and `preservation_weight` what they weigh in the loss.
     """
 
     instances: Sequence[Example]
@@ -29,36 +31,41 @@ class Examples:
     size: int
     conditioning: dict[str, Conditioning] | None
     encode: Callable[[Sequence[str]], Conditioning]
+    preserved: Mapping[str, Conditioning] = field(default_factory=dict)
+    preservation_weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Pick:
-    """One place of a batch: an example, the view of it, and the seed of its noise."""
+    """One place of a batch: an example, the view of it, and the seed of its noise.
+
+    With `preserved`, the target is what the base predicts for the example's caption, which is one of
+    `Examples.preserved` and need not describe the image.
+    """
 
     example: Example
     view: View
     seed: int
+    preserved: bool = False
 
 
 def picks(examples: Examples, *, seed: int, step: int, count: int) -> list[list[Pick]]:
-    """The batch of an optimiser step, over all processes: `count` places, each a photo and, with the prior, a class
-    image. Photos come in a new random order in every pass over them."""
+    """The batch of an optimiser step, over all processes: `count` places, each a photo; with the prior, a class image;
+    with base preservation, a photo under a preserved prompt. Photos come in a new random order in every pass."""
+    kept = [replace(e, caption=c, weight=examples.preservation_weight)
+            for e in examples.instances for c in examples.preserved]  # fmt: skip
+    groups = (("instance", examples.instances), ("class", examples.classes), ("preserved", kept))
     return [
-        [
-            _pick(group, seed, step, step * count + place, kind)
-            for kind, group in (("instance", examples.instances), ("class", examples.classes))
-            if group
-        ]
-        for place in range(count)
+        [_pick(group, seed, step * count + place, kind) for kind, group in groups if group] for place in range(count)
     ]
 
 
-def _pick(group: Sequence[Example], seed: int, step: int, position: int, kind: str) -> Pick:
+def _pick(group: Sequence[Example], seed: int, position: int, kind: str) -> Pick:
     epoch, place = divmod(position, len(group))
     order = torch.randperm(len(group), generator=torch.Generator().manual_seed(derived_seed(seed, kind, epoch)))
     example = group[int(order[place])]
     own = derived_seed(seed, kind, "pick", position)
-    return Pick(example, example.views[own % len(example.views)], own)
+    return Pick(example, example.views[own % len(example.views)], own, preserved=kind == "preserved")
 
 
 def batch_loss(
@@ -74,6 +81,8 @@ def batch_loss(
 ) -> Tensor:
     """The part of a step's loss that falls on `batch`: sum_i weight_i |prediction_i - target_i|^2 / total_weight.
 
+    The target of a preserved place is the prediction with all adapters disabled.
+
     Args:
         total_weight: summed example weights of the whole step, over all batches and processes.
     """
@@ -86,14 +95,25 @@ def batch_loss(
         cond = examples.encode(captions)
     else:
         cond = stack_conditioning([examples.conditioning[caption] for caption in captions])
+    prediction = _predicted(denoiser, family, x_t, t, cond, device).float()
+    target = target.to(device)
+    if any(kept := [p.preserved for p in batch]):
+        base_cond = stack_conditioning([examples.preserved[p.example.caption] for p in batch if p.preserved])
+        with torch.no_grad(), delora_disabled(denoiser):
+            target[kept] = _predicted(denoiser, family, x_t[kept], t[kept], base_cond, device).float()
+    weight = torch.tensor([p.example.weight for p in batch]) * objective.snr_weight(t, snr_gamma)
+    error = (prediction - target).square().flatten(1).mean(1)
+    return (weight.to(device) * error).sum() / total_weight
+
+
+def _predicted(
+    denoiser: nn.Module, family: Family, x_t: Tensor, t: Tensor, cond: Conditioning, device: torch.device
+) -> Tensor:
     dtype = next(p.dtype for p in denoiser.parameters() if p.is_floating_point())
     cond = {
         name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in cond.items()
     }
-    prediction = family.predict(denoiser, x_t.to(device, dtype), t.to(device), cond)
-    weight = torch.tensor([p.example.weight for p in batch]) * objective.snr_weight(t, snr_gamma)
-    error = (prediction.float() - target.to(device)).square().flatten(1).mean(1)
-    return (weight.to(device) * error).sum() / total_weight
+    return family.predict(denoiser, x_t.to(device, dtype), t.to(device), cond)
 
 
 def _sampled(pick: Pick, examples: Examples, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,9 +77,15 @@ class DataConfig:
     )
     with_prior_preservation: bool = option(False, "also train on images of the class, so that it keeps its looks")
     class_data_dir: str | None = option(None, "folder with those; missing ones are generated there by the base model")
-    class_prompt: str | None = option(None, 'their caption, e.g. "a photo of a dog"')
+    class_prompt: str | None = option(
+        None, 'caption of class images, and what the base is to be kept for, e.g. "a photo of a dog"'
+    )
     num_class_images: int = option(100, "how many of them")
     prior_loss_weight: float = option(1.0, "weight of a class image in the loss")
+    with_base_preservation: bool = option(
+        False, "keep the base's own predictions for class_prompt; needs no images, doubles the time of a step"
+    )
+    base_preservation_weight: float = option(1.0, "weight of such a prediction in the loss")
     resolution: int = option(
         512, "side of the training pictures in pixels; photos are resized to cover it and cropped"
     )
@@ -96,12 +102,16 @@ class DataConfig:
                 "with_prior_preservation needs class_data_dir (an empty folder will do: missing images are generated) "
                 'and class_prompt, e.g. "a photo of a dog"'
             )
-        if not self.with_prior_preservation and (self.class_data_dir or self.class_prompt):
+        if self.with_base_preservation and not self.class_prompt:
+            raise OptionError('with_base_preservation needs class_prompt, e.g. "a photo of a dog"')
+        if not self.with_prior_preservation and self.class_data_dir:
+            raise OptionError("class_data_dir does nothing without with_prior_preservation; add it, or drop this")
+        if not (self.with_prior_preservation or self.with_base_preservation) and self.class_prompt:
             raise OptionError(
-                "class_data_dir and class_prompt do nothing without with_prior_preservation; add it, or drop them"
+                "class_prompt does nothing without with_prior_preservation or with_base_preservation; add one of them"
             )
         _at_least(self, 1, "num_class_images", "num_crops")
-        _at_least(self, 0, "prior_loss_weight")
+        _at_least(self, 0, "prior_loss_weight", "base_preservation_weight")
         if self.resolution < 8 or self.resolution % 8:
             near = max(8, round(self.resolution / 8) * 8)
             raise OptionError(f"resolution is {self.resolution}; it must be a multiple of 8, e.g. {near}")

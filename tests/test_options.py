@@ -86,7 +86,8 @@ def other(group: type, field: dataclasses.Field[Any]) -> Any:
 
 def companions(group: type, name: str) -> dict[str, Any]:
     """What else must be given for `group` to be valid with the option `name`."""
-    return REQUIRED.get(group, {}) | (PRIOR if name in PRIOR else {})
+    more = PRIOR if name in PRIOR else {"class_prompt": "a dog"} if name == "with_base_preservation" else {}
+    return REQUIRED.get(group, {}) | more
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
@@ -276,7 +277,10 @@ def test_a_bad_choice_lists_the_choices(flags: list[str], said: str, capsys: pyt
         (["--snr_gamma", "0"], "snr_gamma is 0.0; it must be positive"),
         (["--validation_steps", "0"], "validation_steps is 0; it must be at least 1"),
         (["--with_prior_preservation"], "needs class_data_dir"),
-        (["--class_prompt", "a dog"], "do nothing without with_prior_preservation"),
+        (["--class_prompt", "a dog"], "does nothing without with_prior_preservation or with_base_preservation"),
+        (["--class_data_dir", "dogs"], "does nothing without with_prior_preservation"),
+        (["--with_base_preservation"], "needs class_prompt"),
+        (["--base_preservation_weight", "-1"], "base_preservation_weight is -1.0; it must be at least 0"),
         (["--num_crops", "0"], "num_crops is 0; it must be at least 1"),
         (["--prior_loss_weight", "-0.5"], "prior_loss_weight is -0.5; it must be at least 0"),
     ],

@@ -1,6 +1,6 @@
 """The README is true: its commands run, its code runs, its table lists every option.
 
-    python -m tests.test_readme      # writes the table of options into the README
+python -m tests.test_readme      # writes the table of options into the README
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ def losses(folder: Path) -> list[float]:
 
 EVERYTHING = (
     "--train_text_encoder", "--use_ema", "--random_flip", "--module_dropout=0.2", "--no-center_crop",
-    "--with_prior_preservation", "--class_prompt=a dog", "--num_class_images=2", "--lr_scheduler=cosine",
-    "--gradient_accumulation_steps=2", "--snr_gamma=5", "--train_batch_size=1",
+    "--with_prior_preservation", "--with_base_preservation", "--class_prompt=a dog", "--num_class_images=2",
+    "--lr_scheduler=cosine", "--gradient_accumulation_steps=2", "--snr_gamma=5", "--train_batch_size=1",
 )  # fmt: skip
 
 

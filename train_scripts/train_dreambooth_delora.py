@@ -86,13 +86,15 @@ def run(
     pipe.vae.to("cpu")
     for name in encoders:
         getattr(pipe, name).to(device)
-    conditioning, shown = None, (validation.validation_prompt, validation.validation_negative_prompt)
+    conditioning, preserved, shown = None, {}, (validation.validation_prompt, validation.validation_negative_prompt)
+    tokenizers = [getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in encoders]
+    identity = fingerprint(*(getattr(pipe, name) for name in encoders), *(t.get_vocab() for t in tokenizers))
+    if data.with_base_preservation and data.class_prompt:
+        preserved = cache_prompts(cache, pipe, family, [data.class_prompt], identity=identity)
     if not adapter.train_text_encoder:
         negative = validation.validation_negative_prompt or ""
         captions = [e.caption for e in [*instances, *classes]] + [*validation.validation_prompt, negative]
-        tokenizers = [getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in encoders]
-        identity = fingerprint(*(getattr(pipe, name) for name in encoders), *(t.get_vocab() for t in tokenizers))
-        conditioning = cache_prompts(cache, pipe, family, captions, identity=identity)
+        conditioning = cache_prompts(cache, pipe, family, captions, identity=identity) | preserved
         shown = ([conditioning[text] for text in validation.validation_prompt], conditioning[negative])
         for name in encoders:
             setattr(pipe, name, None)
@@ -131,8 +133,9 @@ def run(
     if training.report_to:
         accelerator.init_trackers("delora_diffusion", config={k: str(v) for k, v in options.items()})
     examples = Examples(
-        instances, classes, latents, data.resolution, conditioning, lambda texts: family.encode_prompt(pipe, texts)
-    )
+        instances, classes, latents, data.resolution, conditioning, lambda texts: family.encode_prompt(pipe, texts),
+        preserved, data.base_preservation_weight,
+    )  # fmt: skip
     photos = sorted((e.content, e.caption) for e in [*instances, *classes])
     train(
         accelerator, modules, examples, family, objective, adapter=adapter, training=training, options=options,
