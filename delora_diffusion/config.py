@@ -49,10 +49,15 @@ class AdapterConfig:
     """The adapter."""
 
     rank: int = option(16, "rank of the update in every layer")
-    delora_lambda: float = option(4.0, "initial lambda: the strength, |dW| <= lambda * largest column norm of W")
+    relative_lambda: float = option(
+        0.05, "strength: |dW| / |W| with orthogonal components; lambda follows, as relative_lambda sqrt(rank inputs)"
+    )
+    delora_lambda: float | None = option(
+        None, "strength as lambda itself, the same in every layer, instead: |dW| <= lambda * largest column norm of W"
+    )
     init_weights: str = option("zero", "start of A and B", choices=INIT_CHOICES)
     lambda_warmup_steps: int | None = option(
-        None, "ramp the strength linearly from 0 over this many steps; unset: a fifth of max_train_steps"
+        None, "ramp the strength linearly from 0 over this many steps; unset: half of max_train_steps"
     )
     module_dropout: float = option(0.0, "dropout on the adapters' inputs")
     target_modules: str | list[str] | None = option(
@@ -64,7 +69,7 @@ class AdapterConfig:
     bias: str = option("none", "biases trained in full", choices=BIAS_CHOICES)
     train_text_encoder: bool = option(False, "adapt the text encoder as well")
     text_encoder_rank: int | None = option(None, "rank there; unset: rank")
-    text_encoder_lambda: float | None = option(None, "initial lambda there; unset: delora_lambda")
+    text_encoder_lambda: float | None = option(None, "lambda there; unset: as for the denoiser")
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,11 @@ class TrainingConfig:
     gradient_checkpointing: bool = option(False, "less memory for a fifth more time")
     mixed_precision: str | None = option(None, "autocast; unset: as accelerate is set up", choices=PRECISIONS)
     optimizer: str = option("adamw", "optimiser", choices=OPTIMIZERS)
-    learning_rate: float = option(1e-3, "learning rate of the directions A and B (prodigy: use 1)")
-    lambda_learning_rate: float = option(1e-3, "learning rate of the strengths lambda; 0 keeps them fixed")
+    learning_rate: float = option(1e-3, "of A and B; without effect there unless direction_turn is 0 (prodigy: use 1)")
+    direction_turn: float = option(
+        1.0, "how far A and B can turn over the whole run, in radians; 0: learning_rate decides, from Kaiming lengths"
+    )
+    lambda_learning_rate: float = option(0.0, "learning rate of the strengths lambda; 0 keeps them fixed")
     text_encoder_lr: float | None = option(None, "learning rate of A and B in the text encoder; unset: learning_rate")
     adam_beta1: float = option(0.9, "decay of the first moment")
     adam_beta2: float = option(0.999, "decay of the second moment")
@@ -151,7 +159,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
-        _at_least(self, 0, "learning_rate", "lambda_learning_rate", "max_grad_norm", "lr_warmup_steps")
+        _at_least(
+            self, 0, "direction_turn", "learning_rate", "lambda_learning_rate", "max_grad_norm", "lr_warmup_steps"
+        )
         _at_least(self, 0, "checkpointing_steps")
         if self.checkpoints_total_limit is not None:
             _at_least(self, 1, "checkpoints_total_limit")

@@ -66,7 +66,7 @@ def inject_delora(
         adapter = DeloraAdapter(
             w_norm.cpu() if generator else w_norm, linear.out_features, rank=rank, dropout=config.module_dropout
         )
-        adapter.initialise(config.lambda_of(name), config.init_weights, generator)
+        adapter.initialise(config.lambda_of(name, linear.in_features), config.init_weights, generator)
         adapters[name] = adapter.to(w_norm.device)
     full = _trained_in_full(module, config, targets, record.base_values)
     adapted = [name for name in delora_layers(module) if f"{name}.weight" in full]

@@ -1,4 +1,10 @@
-"""Optimiser, learning-rate schedule and moving average of the trained parameters."""
+"""Optimiser, learning-rate schedule and moving average of the trained parameters.
+
+The update of a DeLoRA depends on the directions of a_i and b_i alone. Two functions here make training depend on
+nothing else either: `set_lengths` measures the initial lengths in learning rates, and `relative_gradients` takes the
+current lengths out of the gradients. The learning rate then cancels, and what a run does at a step depends on the
+share of the run that is done, not on the number of steps.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainingConfig
-from .delora import DeloraAdapter
+from .delora import NORM_FLOOR, DeloraAdapter
 
 
 def trained_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -64,6 +70,43 @@ def make_optimizer(modules: Mapping[str, nn.Module], training: TrainingConfig) -
         raise ImportError('optimizer prodigy needs prodigyopt: pip install "delora_diffusion[prodigy]"') from error
     optimizer = Prodigy(groups, lr=training.learning_rate, betas=betas, eps=training.adam_epsilon, weight_decay=0.0)
     return optimizer
+
+
+@torch.no_grad()
+def set_lengths(modules: Mapping[str, nn.Module], training: TrainingConfig) -> None:
+    """Scale the initial A and B to entries with an RMS of learning_rate * max_train_steps / direction_turn.
+
+    Zeros stay, and no update changes. Adam moves an entry by at most about learning_rate a step, so over the whole
+    run a direction can turn by about `direction_turn` radians, whatever the learning rate, the width of the layer and
+    the number of steps. Prodigy, which finds a rate of its own, and direction_turn 0 keep the lengths of the start.
+    """
+    if training.optimizer == "prodigy" or not training.direction_turn or not training.learning_rate:
+        return
+    length = training.learning_rate * training.max_train_steps / training.direction_turn
+    for module in modules.values():
+        for adapter in (child for child in module.modules() if isinstance(child, DeloraAdapter)):
+            for name in ("delora_A", "delora_B"):
+                matrix, subtracted = getattr(adapter, name), getattr(adapter, f"{name}_init", None)
+                if rms := float(matrix.square().mean().sqrt()):
+                    matrix.mul_(length / rms)
+                    if subtracted is not None:  # the same rounding, so that both still cancel
+                        subtracted.mul_(length / rms)
+
+
+@torch.no_grad()
+def relative_gradients(modules: Mapping[str, nn.Module]) -> None:
+    """Multiply the gradient of every a_i and b_i by its length, which makes it that of a relative change.
+
+    The update does not depend on the lengths, so their gradients fall as 1 / length. B starts at zero: unscaled, the
+    first minibatch's gradient is up to 10^4 times the later ones, and Adam, which divides by the RMS over some
+    1 / (1 - beta2) steps, would leave B where that one minibatch put it.
+    """
+    for module in modules.values():
+        for adapter in (child for child in module.modules() if isinstance(child, DeloraAdapter)):
+            for matrix, along in ((adapter.delora_A, 1), (adapter.delora_B, 0)):
+                if matrix.grad is not None:
+                    lengths = torch.linalg.vector_norm(matrix, dim=along, keepdim=True)
+                    matrix.grad.mul_(lengths.clamp_(min=NORM_FLOOR))
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingConfig) -> Any:

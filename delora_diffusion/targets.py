@@ -41,6 +41,9 @@ class DeloraConfig:
         exclude_modules: names to leave out, in the same forms.
         rank_pattern: {name suffix or regex: rank}, where it differs from `r`.
         lambda_pattern: {name suffix or regex: lambda}, where it differs from `delora_lambda`.
+        relative_lambda: strength as a share of the weight, instead of `delora_lambda`: every layer gets the lambda at
+            which r orthogonal components have |dW|_F / |W|_F = relative_lambda, that is relative_lambda sqrt(r in).
+            One number then means the same at every width and rank; files hold the lambda that follows.
         layers_to_transform: only layers with these indices (with a list of targets), counted in the first numbered
             container of a name or in the one named by `layers_pattern`.
         layers_pattern: name(s) of the container that `layers_to_transform` counts in.
@@ -68,6 +71,7 @@ class DeloraConfig:
     bias: str = "none"
     modules_to_save: list[str] | None = None
     init_weights: str = "zero"
+    relative_lambda: float | None = None
 
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
@@ -75,7 +79,8 @@ class DeloraConfig:
                 raise DeloraConfigError(f"rank of {name!r} is {rank!r}; it must be a whole number of at least 1")
             if self.init_weights == "paired" and rank % 2:
                 raise DeloraConfigError(f"rank of {name!r} is {rank}; init_weights='paired' needs an even rank")
-        for name, strength in {"delora_lambda": self.delora_lambda, **self.lambda_pattern}.items():
+        relative = {} if self.relative_lambda is None else {"relative_lambda": self.relative_lambda}
+        for name, strength in {"delora_lambda": self.delora_lambda, **relative, **self.lambda_pattern}.items():
             if not isinstance(strength, (int, float)) or not math.isfinite(strength) or strength < 0:
                 raise DeloraConfigError(
                     f"lambda of {name!r} is {strength!r}; it must be a finite number of at least 0"
@@ -131,9 +136,12 @@ class DeloraConfig:
         """Rank of the layer called `name`."""
         return self.rank_pattern.get(_pattern_for(self.rank_pattern, name), self.r)
 
-    def lambda_of(self, name: str) -> float:
-        """Initial lambda of the layer called `name`."""
-        return self.lambda_pattern.get(_pattern_for(self.lambda_pattern, name), self.delora_lambda)
+    def lambda_of(self, name: str, in_features: int) -> float:
+        """Initial lambda of the layer called `name`, which has `in_features` inputs."""
+        pattern = _pattern_for(self.lambda_pattern, name)
+        if self.relative_lambda is None or pattern in self.lambda_pattern:
+            return self.lambda_pattern.get(pattern, self.delora_lambda)
+        return self.relative_lambda * math.sqrt(self.rank_of(name) * in_features)
 
 
 def target_linears(module: nn.Module, config: DeloraConfig) -> dict[str, nn.Linear]:

@@ -34,7 +34,7 @@ from .families import Family
 from .inject import delora_adapters, set_delora_adapters
 from .journal import Journal
 from .objective import Objective
-from .optimizer import ema_update, make_optimizer, make_schedule, trained_parameters
+from .optimizer import ema_update, make_optimizer, make_schedule, relative_gradients, set_lengths, trained_parameters
 from .pipeline import collect
 from .seeds import derived_seed
 from .state import load_delora_state_dict
@@ -148,7 +148,8 @@ def train(
     out, main, last = Path(training.output_dir), accelerator.is_main_process, training.max_train_steps
     denoiser = modules[family.denoiser]
     per_step = training.train_batch_size * training.gradient_accumulation_steps * accelerator.num_processes
-    warmup = last // 5 if adapter.lambda_warmup_steps is None else adapter.lambda_warmup_steps
+    warmup = last // 2 if adapter.lambda_warmup_steps is None else adapter.lambda_warmup_steps
+    set_lengths(modules, training)
     optimizer = make_optimizer(modules, training)
     parameters = trained_parameters(modules)
     schedule = make_schedule(optimizer, training)
@@ -202,6 +203,7 @@ def train(
             loss, stop = accelerator.reduce(torch.stack([part, part.new_tensor(float(len(stopping)))]), "sum").tolist()
             if not math.isfinite(loss):
                 raise TrainingError(_not_finite(loss, step, whole, out))
+            relative_gradients(modules)
             if training.max_grad_norm:
                 accelerator.clip_grad_norm_(list(parameters.values()), training.max_grad_norm)
             prepared.step()

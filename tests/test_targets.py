@@ -274,6 +274,7 @@ FULL = DeloraConfig(
     bias="delora_only",
     modules_to_save=["conv_out"],
     init_weights="paired",
+    relative_lambda=0.2,
 )
 
 
@@ -288,7 +289,8 @@ def test_json_round_trip(config: DeloraConfig) -> None:
 
 
 def test_fields_and_defaults_are_pefts() -> None:
-    shared = {key: value for key, value in FULL.to_dict().items() if key != "init_weights"}
+    ours = ("init_weights", "relative_lambda")  # named choices, where PEFT has true and false; and a lambda that follows
+    shared = {key: value for key, value in FULL.to_dict().items() if key not in ours}
     peft.DeloraConfig(**shared)
     defaults = peft.DeloraConfig().to_dict()
     assert {key: defaults[key] or None for key in shared} == {

@@ -138,10 +138,10 @@ def test_two_processes_equal_one(base: Path, photos: Path, tmp_path: Path, run: 
 
 
 def test_interrupted_run_leaves_a_checkpoint_and_continues(base: Path, photos: Path, tmp_path: Path, run: Run) -> None:
-    extra = ("--max_train_steps=40", "--lambda_warmup_steps=3")
+    extra = ("--max_train_steps=40", "--lambda_warmup_steps=3", "--direction_turn=0")
     straight = run("straight", *extra)
     out = tmp_path / "stopped"
-    long = arguments(base, photos, out, "--max_train_steps=100000", "--lambda_warmup_steps=3")
+    long = arguments(base, photos, out, "--max_train_steps=100000", *extra[1:])
     job = subprocess.Popen([sys.executable, str(SCRIPT), *long], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     deadline = time.monotonic() + 120
@@ -193,6 +193,33 @@ def test_ramp_rises_linearly_and_the_file_holds_plain_lambda(run: Run) -> None:
     assert {float(t) for n, t in tensors(out).items() if n.endswith("delora_lambda")} == {3.0}
     unfinished = run("unfinished", "--lambda_learning_rate=0", "--delora_lambda=3", "--lambda_warmup_steps=12")
     assert {float(t) for n, t in tensors(unfinished).items() if n.endswith("delora_lambda")} == {1.5}
+
+
+def test_the_learning_rate_cancels_bit_for_bit(run: Run) -> None:
+    """Only directions count: with lengths in learning rates, a rate 64 times as large gives the same update."""
+    extra = ("--train_text_encoder", "--lambda_learning_rate=0", "--max_grad_norm=0")
+    slow = tensors(run("slow", "--learning_rate=0.0009765625", *extra))
+    fast = tensors(run("fast", "--learning_rate=0.0625", *extra))
+    assert slow.keys() == fast.keys() and any(t.any() for n, t in slow.items() if n.endswith("delora_B"))
+    for name, tensor in slow.items():
+        scale = 64 if name.endswith(("delora_A", "delora_B")) else 1
+        torch.testing.assert_close(tensor * scale, fast[name], rtol=1e-4, atol=0.0625 * 1e-3)
+    kaiming = tensors(run("kaiming", "--learning_rate=0.0625", "--direction_turn=0", *extra))
+    assert largest_difference(fast, kaiming) > 0.1
+
+
+@pytest.mark.parametrize("init_weights", ["zero", "residual", "paired"])
+def test_an_adapter_starts_as_the_identity_with_lengths_in_learning_rates(
+    base: Path, photos: Path, init_weights: str, run: Run
+) -> None:
+    out = run("out", f"--init_weights={init_weights}", "--learning_rate=0.5", "--max_train_steps=8",
+              "--validation_prompt", "a cat", "--num_validation_images=1", "--direction_turn=4",
+              "--lambda_warmup_steps=0", "--adam_beta1=0", "--max_grad_norm=1e-30", "--adam_epsilon=1")  # fmt: skip
+    for name, tensor in tensors(out).items():
+        if name.endswith(("delora_A", "delora_A_init")) or (name.endswith("delora_B") and init_weights != "zero"):
+            assert float(tensor.square().mean().sqrt()) == pytest.approx(0.5 * 8 / 4, rel=1e-4), name
+    pictures = [(out / "previews" / f"step_{step:06d}" / "0_0.png").read_bytes() for step in (0, 8)]
+    assert pictures[0] == pictures[1] or init_weights == "zero"
 
 
 def test_first_step_is_a_twentieth_of_the_ramp_whatever_the_learning_rate(run: Run) -> None:

@@ -165,7 +165,7 @@ def run(
 
 def _denoiser_config(adapter: AdapterConfig) -> DeloraConfig:
     return DeloraConfig(
-        r=adapter.rank, delora_lambda=adapter.delora_lambda, target_modules=adapter.target_modules,
+        r=adapter.rank, **_strength(adapter, adapter.delora_lambda), target_modules=adapter.target_modules,
         exclude_modules=adapter.exclude_modules, rank_pattern=adapter.rank_pattern,
         lambda_pattern=adapter.lambda_pattern, module_dropout=adapter.module_dropout, bias=adapter.bias,
         init_weights=adapter.init_weights,
@@ -174,12 +174,16 @@ def _denoiser_config(adapter: AdapterConfig) -> DeloraConfig:
 
 def _text_encoder_config(adapter: AdapterConfig) -> DeloraConfig:
     """Targets and patterns name layers of the denoiser; in a text encoder it is the attention, or everything."""
+    own = adapter.delora_lambda if adapter.text_encoder_lambda is None else adapter.text_encoder_lambda
     return DeloraConfig(
-        r=adapter.text_encoder_rank or adapter.rank,
-        delora_lambda=adapter.delora_lambda if adapter.text_encoder_lambda is None else adapter.text_encoder_lambda,
+        r=adapter.text_encoder_rank or adapter.rank, **_strength(adapter, own),
         target_modules=ALL_LINEAR if adapter.target_modules == ALL_LINEAR else None,
         module_dropout=adapter.module_dropout, init_weights=adapter.init_weights,
     )  # fmt: skip
+
+
+def _strength(adapter: AdapterConfig, delora_lambda: float | None) -> dict[str, float]:
+    return {"relative_lambda": adapter.relative_lambda} if delora_lambda is None else {"delora_lambda": delora_lambda}
 
 
 def _generator(seed: int, component: int) -> torch.Generator:
