@@ -10,8 +10,8 @@ from torch import nn
 
 from delora_diffusion import DeloraConfig, inject_delora
 from delora_diffusion.config import TrainingConfig
-from delora_diffusion.inject import delora_adapters
-from delora_diffusion.optimizer import relative_gradients, set_lengths
+from delora_diffusion.inject import delora_adapters, set_delora_adapters
+from delora_diffusion.optimizer import make_optimizer, relative_gradients, set_lengths
 from delora_diffusion.state import update_norms
 
 STEPS, RATE = 50, 0.02
@@ -112,3 +112,28 @@ def test_a_lambda_pattern_and_a_rank_pattern_go_with_a_relative_lambda() -> None
     config = DeloraConfig(r=4, relative_lambda=0.1, lambda_pattern={"b": 3.0}, rank_pattern={"c": 16})
     assert [config.lambda_of(name, 25) for name in ("x.a", "x.b", "x.c")] == pytest.approx([1.0, 3.0, 2.0])
     assert DeloraConfig(r=4, delora_lambda=9.0).lambda_of("a", 25) == 9.0
+
+
+@pytest.mark.parametrize("rate", [1e-3 / 32, 1e-3, 1e-3 * 32])
+@pytest.mark.parametrize("width", [16, 320, 1280])
+def test_strength_grows_with_the_ramp_at_every_width_and_learning_rate(width: int, rate: float) -> None:
+    """No jump: after step 1 of a ramp of 50, |dW|/|W| is a 50th of what it is at its end."""
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"linear": nn.Linear(width, width)})
+    generator = torch.Generator().manual_seed(0)
+    config = DeloraConfig(r=8, relative_lambda=0.05, target_modules=["linear"])
+    inject_delora(module, config, generator=generator)
+    training = TrainingConfig(learning_rate=rate, max_train_steps=100)
+    set_lengths({"module": module}, training)
+    optimizer = make_optimizer({"module": module}, training)
+    x, y = torch.randn(32, width, generator=generator), torch.randn(32, width, generator=generator)
+    shares = []
+    for step in range(50):
+        set_delora_adapters(module, "default", (step + 1) / 50)
+        (module["linear"](x) - y).square().mean().backward()
+        relative_gradients({"module": module})
+        optimizer.step()
+        optimizer.zero_grad()
+        shares.append(update_norms(module)["linear"])
+    assert 0.03 < shares[-1] < 0.05 * math.sqrt(8)
+    assert shares[0] < shares[-1] / 20
