@@ -13,7 +13,19 @@ import delora_diffusion
 
 PACKAGE = Path(delora_diffusion.__file__).parent
 LEVELS = (
-    ("targets", "delora", "options", "objective", "families", "files", "sheet", "seeds"),
+    (
+        "targets",
+        "delora",
+        "options",
+        "objective",
+        "families",
+        "files",
+        "sheet",
+        "seeds",
+        "encoders",
+        "metrics",
+        "prompts",
+    ),
     ("inject", "config", "adapter_file"),
     ("merge", "state", "data"),
     ("encode", "checkpoint", "optimizer", "journal"),

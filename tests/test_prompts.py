@@ -1,0 +1,37 @@
+"""Prompt lists and the rare word."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+
+from delora_diffusion import prompts
+from delora_diffusion.prompts import DREAMBENCH_CLASSES, DREAMBENCH_LIVE, DREAMBENCH_PROMPTS, without_token
+
+
+def test_dreambench_has_30_subjects_and_25_prompts_of_each_kind() -> None:
+    assert len(DREAMBENCH_CLASSES) == 30
+    assert sum(word in DREAMBENCH_LIVE for word in DREAMBENCH_CLASSES.values()) == 9
+    for kind in ("object", "live"):
+        filled = [template.format("sks dog") for template in DREAMBENCH_PROMPTS[kind]]
+        assert len(set(filled)) == 25 and all("sks dog" in prompt for prompt in filled)
+    assert len(set(DREAMBENCH_PROMPTS["object"]) & set(DREAMBENCH_PROMPTS["live"])) == 15
+
+
+@pytest.mark.parametrize(
+    ("prompt", "token", "plain"),
+    [
+        ("a sks dog", "sks", "a dog"),
+        ("Sks dog, sks", "sks", "dog,"),
+        ("a photo of <v1> cat", "<v1>", "a photo of cat"),
+        ("a skshund", "sks", "a skshund"),
+        ("a dog", "", "a dog"),
+    ],
+)
+def test_the_rare_word_goes_and_nothing_else(prompt: str, token: str, plain: str) -> None:
+    assert without_token(prompt, token) == plain
+
+
+def test_the_example_is_true() -> None:
+    assert doctest.testmod(prompts).failed == 0
