@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 
 from .adapter_file import AdapterFileError
 from .base import BaseModelError, quiet_libraries
-from .config import SamplingConfig
+from .config import DrawingConfig, SamplingConfig
+from .evaluate import evaluate
+from .evaluation_config import EvaluationConfig, MeasuringConfig
 from .families import FamilyError
 from .options import OptionError, parse
 from .sample import sample
@@ -23,11 +25,17 @@ log = logging.getLogger(__name__)
 
 def _sample(argv: Sequence[str]) -> None:
     """draw a batch of images: prompts x adapters x strengths x seeds"""
-    (config,) = parse(argv, SamplingConfig, prog="delora sample", description="Draw a batch of images.")
-    log.info("contact sheet: %s", sample(config))
+    configs = parse(argv, SamplingConfig, DrawingConfig, prog="delora sample", description="Draw a batch of images.")
+    log.info("contact sheet: %s", sample(*configs))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"sample": _sample}
+def _evaluate(argv: Sequence[str]) -> None:
+    """likeness, prompt following, drift and diversity of images or adapters, in one table"""
+    groups = (EvaluationConfig, MeasuringConfig, DrawingConfig)
+    evaluate(*parse(argv, *groups, prog="delora evaluate", description="Measure images, or what an adapter draws."))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"sample": _sample, "evaluate": _evaluate}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -189,6 +189,30 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class DrawingConfig:
+    """How images are drawn."""
+
+    seeds: list[int] = option(
+        [0], "seeds; the same seed gives the same image in any batch, on any number of processes"
+    )
+    strengths: list[float] = option([1.0], "adapter strengths: 0 is the base, 1 as trained")
+    negative_prompt: str | None = option(None, "negative prompt of all images")
+    scheduler: str | None = option(None, "sampler; unset: the base's own", choices=tuple(SCHEDULERS))
+    num_inference_steps: int = option(25, "sampling steps")
+    guidance_scale: float = option(7.5, "classifier-free guidance")
+    height: int | None = option(None, "height in pixels; unset: the base's own size")
+    width: int | None = option(None, "width in pixels; unset: the base's own size")
+    batch_size: int = option(4, "images drawn at once")
+    dtype: str = option("auto", "precision; auto: fp16 on a GPU, fp32 on the CPU", choices=DTYPES)
+    device: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
+
+    def __post_init__(self) -> None:
+        if not self.seeds or not self.strengths:
+            raise OptionError("seeds and strengths need at least one value each")
+        _at_least(self, 1, "num_inference_steps", "batch_size")
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """Batch sampling."""
 
@@ -201,20 +225,7 @@ class SamplingConfig:
     prompts_file: str | None = option(
         None, "file with a prompt a line; empty lines and lines that start with # are skipped"
     )
-    negative_prompt: str | None = option(None, "negative prompt of all images")
-    seeds: list[int] = option(
-        [0], "seeds; the same seed gives the same image in any batch, on any number of processes"
-    )
     images_per_prompt: int = option(1, "images per prompt and seed")
-    strengths: list[float] = option([1.0], "adapter strengths: 0 is the base, 1 as trained")
-    scheduler: str | None = option(None, "sampler; unset: the base's own", choices=tuple(SCHEDULERS))
-    num_inference_steps: int = option(25, "sampling steps")
-    guidance_scale: float = option(7.5, "classifier-free guidance")
-    height: int | None = option(None, "height in pixels; unset: the base's own size")
-    width: int | None = option(None, "width in pixels; unset: the base's own size")
-    batch_size: int = option(4, "images drawn at once")
-    dtype: str = option("auto", "precision; auto: fp16 on a GPU, fp32 on the CPU", choices=DTYPES)
-    device: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
 
     def __post_init__(self) -> None:
         if not self.prompts and not self.prompts_file:
@@ -223,9 +234,7 @@ class SamplingConfig:
             raise OptionError(
                 "nothing to draw with; give --adapter, or --pretrained_model_name_or_path for the base alone"
             )
-        if not self.seeds or not self.strengths:
-            raise OptionError("seeds and strengths need at least one value each")
-        _at_least(self, 1, "images_per_prompt", "num_inference_steps", "batch_size")
+        _at_least(self, 1, "images_per_prompt")
 
 
 def _at_least(config: object, minimum: int, *names: str) -> None:

@@ -36,11 +36,21 @@ def fidelity(generated: Tensor, real: Tensor) -> float:
     return float(fidelity_scores(generated, real).mean())
 
 
-def real_against_real(real: Tensor) -> float:
-    """Mean cosine of the distinct pairs of photos (m, d), 2/(m(m-1)) sum_{i<j} cos(r_i, r_j): what a perfect score
-    looks like. NaN for a single photo."""
+def real_scores(real: Tensor) -> Tensor:
+    """How much each photo looks like the others: s_i = 1/(m-1) sum_{j != i} cos(r_i, r_j), of (m, d).
+
+    Returns:
+        (m,); NaN for a single photo.
+    """
     _some(real=real)
-    return float(_distinct_pairs(real).mean())
+    cosines = (real.float() @ real.float().T).fill_diagonal_(0)
+    return cosines.sum(-1) / (len(real) - 1)
+
+
+def real_against_real(real: Tensor) -> float:
+    """Mean cosine of the distinct pairs of photos (m, d), 2/(m(m-1)) sum_{i<j} cos(r_i, r_j): the score that the
+    subject itself gets. NaN for a single photo."""
+    return float(real_scores(real).mean())
 
 
 def prompt_scores(images: Tensor, texts: Tensor) -> Tensor:

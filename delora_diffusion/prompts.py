@@ -51,13 +51,19 @@ UNRELATED_PROMPTS = (
 )  # fmt: skip
 
 
+def has_token(prompt: str, trigger_token: str) -> bool:
+    """Whether the subject's rare word stands in the prompt, as a word of its own."""
+    return re.search(_word(trigger_token), prompt, flags=re.IGNORECASE) is not None
+
+
 def without_token(prompt: str, trigger_token: str) -> str:
     """The prompt without the subject's rare word, as a text encoder that never learned it should read it.
 
     >>> without_token("a sks dog on the beach", "sks")
     'a dog on the beach'
     """
-    if not trigger_token:
-        return prompt
-    word = rf"(?<!\w){re.escape(trigger_token)}(?!\w)"
-    return " ".join(re.sub(word, " ", prompt, flags=re.IGNORECASE).split())
+    return " ".join(re.sub(_word(trigger_token), " ", prompt, flags=re.IGNORECASE).split())
+
+
+def _word(trigger_token: str) -> str:
+    return rf"(?<!\w){re.escape(trigger_token)}(?!\w)"

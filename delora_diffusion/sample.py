@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .adapter_file import Adapter, read_adapter
 from .base import load_base
-from .config import SCHEDULERS, ModelConfig, SamplingConfig
+from .config import SCHEDULERS, DrawingConfig, ModelConfig, SamplingConfig
 from .draw import draw, quiet
 from .files import complete_file
 from .options import OptionError
@@ -48,7 +48,17 @@ class Job:
         return f"{slug}_{self.settings['seed']}_{hashlib.sha256(told.encode()).hexdigest()[:10]}.png"
 
 
-def sample(config: SamplingConfig) -> Path:
+@dataclass(frozen=True)
+class Plan:
+    """What is to be drawn, and with what."""
+
+    adapters: list[Adapter]
+    base: str
+    precision: str
+    jobs: list[Job]
+
+
+def sample(config: SamplingConfig, drawing: DrawingConfig) -> Path:
     """Draw what is missing in `config.output_dir`; returns the contact sheet.
 
     Raises:
@@ -56,23 +66,19 @@ def sample(config: SamplingConfig) -> Path:
     """
     from accelerate import PartialState
 
-    state = PartialState(cpu=config.device == "cpu")
-    device = config.device or state.device
-    adapters = [read_adapter(source) for source in config.adapter]
-    base = config.pretrained_model_name_or_path or _base_of(adapters, config.adapter)
-    precision = {"auto": "fp32" if state.device.type == "cpu" else "fp16"}.get(config.dtype, config.dtype)
-    jobs = plan(config, adapters, base=base, precision=precision)
-    out = Path(config.output_dir)
+    state = PartialState(cpu=drawing.device == "cpu")
+    device = drawing.device or state.device
+    planned = plan(config, drawing)
+    out, jobs = Path(config.output_dir), planned.jobs
     out.mkdir(parents=True, exist_ok=True)
     missing = [job for job in jobs if not (out / job.file).is_file()]
     if state.is_main_process:
-        log.info(
-            "%d images, %d of them are there already; %s on %s", len(jobs), len(jobs) - len(missing), base, device
-        )
+        there = len(jobs) - len(missing)
+        log.info("%d images, %d of them are there already; %s on %s", len(jobs), there, planned.base, device)
     state.wait_for_everyone()  # every process has seen the same files
     try:
         if missing:
-            _draw_missing(config, missing, adapters, base, precision, device, state)
+            _draw_missing(out, drawing, missing, planned, device, state)
         state.wait_for_everyone()
     finally:
         if state.is_main_process:
@@ -85,19 +91,26 @@ def sample(config: SamplingConfig) -> Path:
     return sheet
 
 
-def plan(config: SamplingConfig, adapters: Sequence[Adapter], *, base: str, precision: str) -> list[Job]:
-    """Every image that `config` asks for, prompt by prompt; the order of the contact sheet."""
+def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
+    """Every image that is asked for, prompt by prompt: the order of the contact sheet. Nothing is drawn."""
+    from accelerate import PartialState
+
+    cpu = PartialState(cpu=drawing.device == "cpu").device.type == "cpu"
+    adapters = [read_adapter(source) for source in config.adapter]
+    base = config.pretrained_model_name_or_path or _base_of(adapters, config.adapter)
+    precision = {"auto": "fp32" if cpu else "fp16"}.get(drawing.dtype, drawing.dtype)
     shared = {
-        "negative_prompt": config.negative_prompt, "base": base, "scheduler": config.scheduler, "dtype": precision,
-        "num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale,
-        "height": config.height, "width": config.width,
+        "negative_prompt": drawing.negative_prompt, "base": base, "scheduler": drawing.scheduler, "dtype": precision,
+        "num_inference_steps": drawing.num_inference_steps, "guidance_scale": drawing.guidance_scale,
+        "height": drawing.height, "width": drawing.width,
     }  # fmt: skip
     hashes = [_content(adapter) for adapter in adapters]
     sources: list[int | None] = list(range(len(adapters))) or [None]
     jobs = []
     for prompt, number, strength, seed, repeat in itertools.product(
-        read_prompts(config), sources, config.strengths, config.seeds, range(config.images_per_prompt)
-    ):
+        read_prompts(config.prompts, config.prompts_file), sources, drawing.strengths, drawing.seeds,
+        range(config.images_per_prompt),
+    ):  # fmt: skip
         own = {
             "prompt": prompt,
             "seed": derived_seed(seed, repeat) if repeat else seed,
@@ -106,26 +119,25 @@ def plan(config: SamplingConfig, adapters: Sequence[Adapter], *, base: str, prec
             "adapter_hash": hashes[number] if number is not None else None,
         }
         jobs.append(Job(own | shared, number))
-    return jobs
+    return Plan(adapters, base, precision, jobs)
 
 
-def read_prompts(config: SamplingConfig) -> list[str]:
-    """The prompts of the command line, then those of the file.
+def read_prompts(prompts: Sequence[str], file: str | None, *, option: str = "prompts_file") -> list[str]:
+    """The prompts of the command line, then those of the file, each once.
 
     Raises:
-        OptionError: the file cannot be read, or holds no prompt.
+        OptionError: the file cannot be read, or holds no prompt; the message names `option`.
     """
-    prompts = list(config.prompts)
-    if config.prompts_file:
+    found: list[str] = []
+    if file:
         try:
-            lines = Path(config.prompts_file).read_text(encoding="utf-8").splitlines()
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"cannot read prompts_file {config.prompts_file}: {error}") from error
+            raise OptionError(f"cannot read {option} {file}: {error}") from error
         found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not found:
-            raise OptionError(f"prompts_file {config.prompts_file} holds no prompt; write one a line")
-        prompts += found
-    return list(dict.fromkeys(prompts))
+            raise OptionError(f"{option} {file} holds no prompt; write one a line")
+    return list(dict.fromkeys([*prompts, *found]))
 
 
 def write_manifest(out: Path, jobs: Sequence[Job]) -> None:
@@ -161,19 +173,19 @@ def _opened(path: Path, side: int) -> Image.Image:
 
 
 def _draw_missing(
-    config: SamplingConfig, missing: Sequence[Job], adapters: Sequence[Adapter], base: str, precision: str,
-    device: Any, state: Any,
-) -> None:  # fmt: skip
-    pipe = load_base(ModelConfig(pretrained_model_name_or_path=base, base_dtype=precision), precision="no")
-    if config.scheduler:
+    out: Path, drawing: DrawingConfig, missing: Sequence[Job], planned: Plan, device: Any, state: Any
+) -> None:
+    base = ModelConfig(pretrained_model_name_or_path=planned.base, base_dtype=planned.precision)
+    pipe = load_base(base, precision="no")
+    if drawing.scheduler:
         import diffusers
 
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[config.scheduler]).from_config(pipe.scheduler.config)
-    for number, adapter in enumerate(adapters):
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[drawing.scheduler]).from_config(pipe.scheduler.config)
+    for number, adapter in enumerate(planned.adapters):
         load_delora_weights(pipe, adapter, f"adapter_{number}")
     pipe.to(device)
-    sizes = {name: value for name, value in (("height", config.height), ("width", config.width)) if value}
-    batches = list(_batches(missing, config.batch_size))[state.process_index :: state.num_processes]
+    sizes = {name: value for name, value in (("height", drawing.height), ("width", drawing.width)) if value}
+    batches = list(_batches(missing, drawing.batch_size))[state.process_index :: state.num_processes]
     bar = tqdm(total=sum(map(len, batches)), desc="images", disable=not state.is_main_process)
     with quiet(pipe), bar:
         for batch in batches:
@@ -181,13 +193,13 @@ def _draw_missing(
                 set_adapters(pipe, f"adapter_{batch[0].adapter}", batch[0].settings["strength"])
             images = draw(
                 pipe, [job.settings["prompt"] for job in batch], [job.settings["seed"] for job in batch],
-                negative=config.negative_prompt, num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale, **sizes,
+                negative=drawing.negative_prompt, num_inference_steps=drawing.num_inference_steps,
+                guidance_scale=drawing.guidance_scale, **sizes,
             )  # fmt: skip
             for job, image in zip(batch, images, strict=True):
                 told = PngInfo()
                 told.add_text("delora", json.dumps(job.settings))
-                with complete_file(Path(config.output_dir) / job.file) as aside:
+                with complete_file(out / job.file) as aside:
                     image.save(aside, pnginfo=told)
             bar.update(len(batch))
 

@@ -19,6 +19,7 @@ from delora_diffusion.metrics import (
     fidelity_scores,
     prompt_following,
     real_against_real,
+    real_scores,
 )
 
 X, Y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
@@ -39,6 +40,7 @@ def test_fidelity_is_the_mean_over_all_pairs() -> None:
 
 def test_real_against_real_leaves_out_each_photo_with_itself() -> None:
     assert real_against_real(torch.stack([X, Y, HALF])) == pytest.approx((0 + 0.5 + ROOT3) / 3)
+    assert real_scores(torch.stack([X, Y, HALF])).tolist() == pytest.approx([0.25, ROOT3 / 2, (0.5 + ROOT3) / 2])
     assert math.isnan(real_against_real(X[None]))
 
 

@@ -13,6 +13,7 @@ import yaml
 from delora_diffusion.config import (
     AdapterConfig,
     DataConfig,
+    DrawingConfig,
     ModelConfig,
     SamplingConfig,
     TrainingConfig,
@@ -21,6 +22,7 @@ from delora_diffusion.config import (
 from delora_diffusion.options import OptionError, build, option, parse, read_yaml, to_table, to_yaml
 
 TRAINING = (ModelConfig, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig)
+SAMPLING = (SamplingConfig, DrawingConfig)
 REQUIRED: dict[type, dict[str, Any]] = {
     ModelConfig: {"pretrained_model_name_or_path": "base"},
     DataConfig: {"instance_data_dir": "photos"},
@@ -29,7 +31,7 @@ REQUIRED: dict[type, dict[str, Any]] = {
 PRIOR = {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a dog"}
 FIELDS = [
     pytest.param(group, field, id=f"{group.__name__}.{field.name}")
-    for group in (*TRAINING, SamplingConfig)
+    for group in (*TRAINING, *SAMPLING)
     for field in dataclasses.fields(group)
 ]
 
@@ -416,7 +418,7 @@ def test_help_shows_every_option_with_its_choices(capsys: pytest.CaptureFixture[
 
 
 def test_the_table_has_one_row_of_three_cells_for_every_option() -> None:
-    groups = (*TRAINING, SamplingConfig)
+    groups = (*TRAINING, *SAMPLING)
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in to_table(*groups).splitlines()]
     assert {len(row) for row in rows} == {3}
     shown = [row[0].strip(" `") for row in rows[2:]]

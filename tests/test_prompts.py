@@ -7,7 +7,7 @@ import doctest
 import pytest
 
 from delora_diffusion import prompts
-from delora_diffusion.prompts import DREAMBENCH_CLASSES, DREAMBENCH_LIVE, DREAMBENCH_PROMPTS, without_token
+from delora_diffusion.prompts import DREAMBENCH_CLASSES, DREAMBENCH_LIVE, DREAMBENCH_PROMPTS, has_token, without_token
 
 
 def test_dreambench_has_30_subjects_and_25_prompts_of_each_kind() -> None:
@@ -26,11 +26,12 @@ def test_dreambench_has_30_subjects_and_25_prompts_of_each_kind() -> None:
         ("Sks dog, sks", "sks", "dog,"),
         ("a photo of <v1> cat", "<v1>", "a photo of cat"),
         ("a skshund", "sks", "a skshund"),
-        ("a dog", "", "a dog"),
+        ("a photo of  a dog", "sks", "a photo of a dog"),
     ],
 )
 def test_the_rare_word_goes_and_nothing_else(prompt: str, token: str, plain: str) -> None:
     assert without_token(prompt, token) == plain
+    assert has_token(prompt, token) == (plain.split() != prompt.split())
 
 
 def test_the_example_is_true() -> None:

@@ -13,27 +13,17 @@ import delora_diffusion
 
 PACKAGE = Path(delora_diffusion.__file__).parent
 LEVELS = (
-    (
-        "targets",
-        "delora",
-        "options",
-        "objective",
-        "families",
-        "files",
-        "sheet",
-        "seeds",
-        "encoders",
-        "metrics",
-        "prompts",
-    ),
-    ("inject", "config", "adapter_file"),
+    ("targets", "delora", "options", "objective", "families", "files", "sheet", "seeds", "encoders", "metrics",
+     "prompts"),
+    ("inject", "config", "evaluation_config", "adapter_file", "report"),
     ("merge", "state", "data"),
-    ("encode", "checkpoint", "optimizer", "journal"),
-    ("pipeline", "batches", "base", "draw"),
+    ("encode", "checkpoint", "optimizer", "journal", "pictures"),
+    ("pipeline", "batches", "base", "draw", "measure"),
     ("preview", "card", "train"),
     ("sample",),
+    ("evaluate",),
     ("cli",),
-)
+)  # fmt: skip
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 

@@ -1,0 +1,130 @@
+"""`delora evaluate`: how well an adapter learned its subject, and what it cost the base model -> one table.
+
+Folders of images are judged as they are. For an adapter, images are drawn first: its own prompts at every strength,
+and unrelated prompts with the same seeds by the base and by the adapter. A second run draws only what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .config import DrawingConfig, SamplingConfig
+from .data import find_images
+from .evaluation_config import EvaluationConfig, MeasuringConfig
+from .measure import load_judges, measure, protocol_of
+from .options import OptionError
+from .pictures import Batch, Picture, batches_of, read_pictures
+from .prompts import UNRELATED_PROMPTS, has_token
+from .report import markdown, protocol_lines, write_report
+from .sample import plan, read_prompts, sample
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(config: EvaluationConfig, measuring: MeasuringConfig, drawing: DrawingConfig) -> Path:
+    """Draw what is missing, measure, print the table and write it; returns the Markdown file in `output_dir`.
+
+    Raises:
+        OptionError, EncoderError, DataError, AdapterFileError, BaseModelError: what was drawn stays.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=drawing.device == "cpu")
+    real = find_images(Path(config.real), option="real")
+    holdout = find_images(Path(config.holdout), option="holdout") if config.holdout else []
+    unrelated = unrelated_prompts(measuring)
+    judges = load_judges(measuring, device=drawing.device or state.device) if state.is_main_process else None
+    batches: list[Batch] = []
+    for source in config.images:
+        name = str(source) if len({Path(s).name for s in config.images}) < len(config.images) else Path(source).name
+        batches += batches_of(read_pictures(Path(source)), name=name, token=measuring.trigger_token)
+    out = Path(config.output_dir)
+    if config.adapter:
+        prompts = read_prompts(config.prompts, config.prompts_file)
+        check_prompts(prompts, unrelated, token=measuring.trigger_token)
+        pictures = drawn_pictures(
+            config.adapter, prompts, unrelated, drawing, base=config.pretrained_model_name_or_path,
+            subject=out / "subject", elsewhere=out / "unrelated",
+        )  # fmt: skip
+        name = Path(config.adapter[0]).name if len(config.adapter) == 1 else "adapter"
+        batches += batches_of(pictures, name=name, token=measuring.trigger_token)
+    if judges is not None:
+        rows = measure(judges, batches, real=real, holdout=holdout)
+        protocol = protocol_of(judges, real=real, holdout=holdout) | drawing_protocol(batches)
+        written = write_report(out, "evaluation", rows, protocol)
+        print(markdown(rows), *protocol_lines(protocol), sep="\n")
+        log.info("table: %s (and .csv, .json)", written)
+    state.wait_for_everyone()
+    return out / "evaluation.md"
+
+
+def drawn_pictures(
+    adapters: Sequence[str], prompts: Sequence[str], unrelated: Sequence[str], drawing: DrawingConfig, *,
+    base: str | None, subject: Path, elsewhere: Path,
+) -> list[Picture]:  # fmt: skip
+    """What an evaluation looks at, drawn where it is missing.
+
+    Args:
+        base: the base model; None for the one that the adapters name.
+        subject: folder for the prompts of the subject, at every strength.
+        elsewhere: folder for the unrelated ones, by the adapters at every strength and by the base.
+    """
+    wanted = SamplingConfig(
+        adapter=list(adapters), pretrained_model_name_or_path=base, prompts=list(prompts), output_dir=str(subject)
+    )
+    adapted = replace(wanted, prompts=list(unrelated), output_dir=str(elsewhere))
+    plain = replace(adapted, adapter=[], pretrained_model_name_or_path=plan(wanted, drawing).base)
+    pictures = []
+    for config in (wanted, plain, adapted):
+        settings = drawing if config.adapter else replace(drawing, strengths=[1.0])  # the base has no strength
+        sample(config, settings)
+        pictures += [Picture(Path(config.output_dir) / job.file, job.settings) for job in plan(config, settings).jobs]
+    return pictures
+
+
+def check_prompts(prompts: Sequence[str], unrelated: Sequence[str], *, token: str) -> None:
+    """Refuse prompts that would be taken for the other kind.
+
+    Raises:
+        OptionError: a prompt lacks the rare word, or an unrelated one has it.
+    """
+    for prompt in prompts:
+        if not has_token(prompt, token):
+            raise OptionError(f"the prompt {prompt!r} lacks the rare word {token!r}; give the right --trigger_token")
+    for prompt in unrelated:
+        if has_token(prompt, token):
+            raise OptionError(f"the unrelated prompt {prompt!r} has the rare word {token!r}; take it out")
+
+
+def unrelated_prompts(measuring: MeasuringConfig) -> list[str]:
+    """The prompts of drift: those of the file, or a short list of ours."""
+    file = measuring.unrelated_prompts_file
+    return read_prompts([], file, option="unrelated_prompts_file") if file else list(UNRELATED_PROMPTS)
+
+
+def drawing_protocol(batches: Sequence[Batch]) -> dict[str, Any]:
+    """Prompts, seeds and how the images were drawn, as far as their manifests tell."""
+    pictures = [p for batch in batches for p in batch.pictures]
+    others = [pair[1] for batch in batches for pair in batch.pairs]
+    told: dict[str, Any] = {
+        "prompts": list(dict.fromkeys(p.prompt for p in pictures if p.prompt is not None)),
+        "unrelated prompts": list(dict.fromkeys(p.prompt for p in others)),
+        "seeds": sorted({p.settings["seed"] for p in [*pictures, *others] if "seed" in p.settings}),
+    }
+    shared = (
+        "base",
+        "scheduler",
+        "dtype",
+        "num_inference_steps",
+        "guidance_scale",
+        "negative_prompt",
+        "height",
+        "width",
+    )
+    drawn = {name: sorted({str(p.settings[name]) for p in pictures if name in p.settings}) for name in shared}
+    told |= {"drawing": {name: ", ".join(values) for name, values in drawn.items() if values}}
+    return {name: value for name, value in told.items() if value}

@@ -1,0 +1,130 @@
+"""Figures with their intervals as a table: Markdown, CSV and JSON, the protocol beside the numbers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import complete_file
+
+#: Columns in their order, and what the table calls them.
+TITLES = {
+    "dino": "DINO", "dino_holdout": "DINO, held-out", "clip_i": "CLIP-I", "clip_i_holdout": "CLIP-I, held-out",
+    "clip_t": "CLIP-T", "drift": "drift", "diversity": "diversity", "lpips": "LPIPS diversity",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean, its 95 % interval, and how many scores it is the mean of."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what was measured, at which adapter strength, on how many images."""
+
+    name: str
+    strength: float | None
+    images: int
+    figures: dict[str, Figure]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A Markdown table; columns without any figure are left out."""
+    columns = _columns(rows)
+    lines = [
+        "| | strength | images | " + " | ".join(TITLES[column] for column in columns) + " |",
+        "|---" * (3 + len(columns)) + "|",
+    ]
+    for row in rows:
+        cells = [row.name.replace("|", r"\|"), "" if row.strength is None else f"{row.strength:g}", str(row.images)]
+        lines.append("| " + " | ".join([*cells, *(_cell(row.figures.get(column)) for column in columns)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def comma_separated(rows: Sequence[Row]) -> str:
+    """CSV with four columns for each figure: value, low, high, count."""
+    columns, parts = _columns(rows), ("value", "low", "high", "count")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    ends = [column if part == "value" else f"{column}_{part}" for column in columns for part in parts]
+    writer.writerow(["name", "strength", "images", *ends])
+    for row in rows:
+        figures = [row.figures.get(column) for column in columns]
+        cells = [("" if figure is None else getattr(figure, part)) for figure in figures for part in parts]
+        writer.writerow([row.name, "" if row.strength is None else row.strength, row.images, *cells])
+    return text.getvalue()
+
+
+def write_report(folder: Path, name: str, rows: Sequence[Row], protocol: Mapping[str, Any]) -> Path:
+    """Write `folder`/`name`.json, .csv and .md; returns the last."""
+    told = json.dumps({"protocol": protocol, "rows": [asdict(row) for row in rows]}, indent=2, ensure_ascii=False)
+    pinned = "\n".join(f"* {line}" for line in protocol_lines(protocol))
+    texts = {".json": told + "\n", ".csv": comma_separated(rows), ".md": f"{markdown(rows)}\n{pinned}\n"}
+    for suffix, text in texts.items():
+        with complete_file(folder / f"{name}{suffix}") as aside:
+            aside.write_text(text, encoding="utf-8")
+    return folder / f"{name}.md"
+
+
+def read_report(path: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Rows and protocol of a JSON file that `write_report` wrote."""
+    told = json.loads(path.read_text(encoding="utf-8"))
+    rows = [Row(**row | {"figures": {k: Figure(**v) for k, v in row["figures"].items()}}) for row in told["rows"]]
+    return rows, told["protocol"]
+
+
+def mean_row(name: str, rows: Sequence[Row]) -> Row:
+    """The mean over subjects, each counted once however many images it has.
+
+    The interval is the normal one over subjects, 1.96 s / sqrt(n), where there are two or more; the count is n.
+    """
+    figures = {}
+    for column in _columns(rows):
+        values = [row.figures[column].value for row in rows if column in row.figures]
+        mean = sum(values) / len(values)
+        half = math.nan
+        if len(values) > 1:
+            half = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+        figures[column] = Figure(mean, mean - half, mean + half, len(values))
+    return Row(name, rows[0].strength, sum(row.images for row in rows), figures)
+
+
+def protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
+    """The protocol as text, a line for each entry; lists longer than 8 are counted."""
+    lines = []
+    for name, value in protocol.items():
+        if isinstance(value, Mapping):
+            shown = ", ".join(f"{key} {_short(item)}" for key, item in value.items())
+        else:
+            shown = _short(value)
+        lines.append(f"{name}: {shown}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " x ".join(map(str, value)) if len(value) <= 3 else f"{len(value)} of them"
+    return str(value)
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return [column for column in TITLES if any(column in row.figures for row in rows)]
+
+
+def _cell(figure: Figure | None) -> str:
+    if figure is None:
+        return ""
+    interval = "" if math.isnan(figure.low) else f" [{figure.low:.3f}, {figure.high:.3f}]"
+    return f"{figure.value:.3f}{interval}"
