@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 
 from .adapter_file import AdapterFileError
 from .base import BaseModelError, quiet_libraries
+from .benchmark import benchmark
 from .config import DrawingConfig, SamplingConfig
 from .evaluate import evaluate
-from .evaluation_config import EvaluationConfig, MeasuringConfig
+from .evaluation_config import BenchmarkConfig, EvaluationConfig, MeasuringConfig
 from .families import FamilyError
 from .options import OptionError, parse
 from .sample import sample
@@ -35,7 +36,17 @@ def _evaluate(argv: Sequence[str]) -> None:
     evaluate(*parse(argv, *groups, prog="delora evaluate", description="Measure images, or what an adapter draws."))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"sample": _sample, "evaluate": _evaluate}
+def _benchmark(argv: Sequence[str]) -> None:
+    """train, sample and evaluate a list of subjects; a table and a plot of likeness against drift"""
+    groups = (BenchmarkConfig, MeasuringConfig, DrawingConfig)
+    benchmark(*parse(argv, *groups, prog="delora benchmark", description="Measure a method on a list of subjects."))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "benchmark": _benchmark,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .config import DrawingConfig, SamplingConfig
-from .data import find_images
 from .evaluation_config import EvaluationConfig, MeasuringConfig
 from .measure import load_judges, measure, protocol_of
 from .options import OptionError
-from .pictures import Batch, Picture, batches_of, read_pictures
+from .pictures import Batch, Picture, batches_of, read_photos, read_pictures
 from .prompts import UNRELATED_PROMPTS, has_token
 from .report import markdown, protocol_lines, write_report
 from .sample import plan, read_prompts, sample
@@ -34,8 +33,8 @@ def evaluate(config: EvaluationConfig, measuring: MeasuringConfig, drawing: Draw
     from accelerate import PartialState
 
     state = PartialState(cpu=drawing.device == "cpu")
-    real = find_images(Path(config.real), option="real")
-    holdout = find_images(Path(config.holdout), option="holdout") if config.holdout else []
+    real = read_photos(Path(config.real), option="real")
+    holdout = read_photos(Path(config.holdout), option="holdout") if config.holdout else None
     unrelated = unrelated_prompts(measuring)
     judges = load_judges(measuring, device=drawing.device or state.device) if state.is_main_process else None
     batches: list[Batch] = []
@@ -48,7 +47,7 @@ def evaluate(config: EvaluationConfig, measuring: MeasuringConfig, drawing: Draw
         check_prompts(prompts, unrelated, token=measuring.trigger_token)
         pictures = drawn_pictures(
             config.adapter, prompts, unrelated, drawing, base=config.pretrained_model_name_or_path,
-            subject=out / "subject", elsewhere=out / "unrelated",
+            folder=out, shared=out / "base",
         )  # fmt: skip
         name = Path(config.adapter[0]).name if len(config.adapter) == 1 else "adapter"
         batches += batches_of(pictures, name=name, token=measuring.trigger_token)
@@ -64,20 +63,23 @@ def evaluate(config: EvaluationConfig, measuring: MeasuringConfig, drawing: Draw
 
 def drawn_pictures(
     adapters: Sequence[str], prompts: Sequence[str], unrelated: Sequence[str], drawing: DrawingConfig, *,
-    base: str | None, subject: Path, elsewhere: Path,
+    base: str | None, folder: Path, shared: Path,
 ) -> list[Picture]:  # fmt: skip
     """What an evaluation looks at, drawn where it is missing.
 
     Args:
         base: the base model; None for the one that the adapters name.
-        subject: folder for the prompts of the subject, at every strength.
-        elsewhere: folder for the unrelated ones, by the adapters at every strength and by the base.
+        folder: gets subject/ with the prompts of the subject and unrelated/ with the others, at every strength.
+        shared: folder for what the base draws for the unrelated prompts, the same for every subject.
     """
     wanted = SamplingConfig(
-        adapter=list(adapters), pretrained_model_name_or_path=base, prompts=list(prompts), output_dir=str(subject)
+        adapter=list(adapters), pretrained_model_name_or_path=base, prompts=list(prompts),
+        output_dir=str(folder / "subject"),
+    )  # fmt: skip
+    adapted = replace(wanted, prompts=list(unrelated), output_dir=str(folder / "unrelated"))
+    plain = replace(
+        adapted, adapter=[], pretrained_model_name_or_path=plan(wanted, drawing).base, output_dir=str(shared)
     )
-    adapted = replace(wanted, prompts=list(unrelated), output_dir=str(elsewhere))
-    plain = replace(adapted, adapter=[], pretrained_model_name_or_path=plan(wanted, drawing).base)
     pictures = []
     for config in (wanted, plain, adapted):
         settings = drawing if config.adapter else replace(drawing, strengths=[1.0])  # the base has no strength

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from .options import OptionError, option
+from .options import OptionError, build, option
+from .prompts import DREAMBENCH_PROMPTS
+
+KINDS = (*DREAMBENCH_PROMPTS, "captions")
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,80 @@ class EvaluationConfig:
             raise OptionError("no prompts to draw with the adapter; give --prompts, or --prompts_file with one a line")
         if not self.adapter and (self.prompts or self.prompts_file or self.pretrained_model_name_or_path):
             raise OptionError("prompts, prompts_file and pretrained_model_name_or_path do nothing without adapter")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One subject of a benchmark."""
+
+    class_word: str = option("", "what it is, e.g. dog")
+    photos: str = option("", "folder with the photos to teach it from")
+    holdout: str | None = option(None, "folder with photos that training never sees")
+    kind: str = option(
+        "object", "its prompts: a list of DreamBench's, or the captions of the held-out photos", choices=KINDS
+    )
+    prompts_file: str | None = option(None, "file with its own prompts instead, with the rare word")
+    adapter: str | None = option(None, "an adapter that was trained already; unset: it is trained here")
+
+    def __post_init__(self) -> None:
+        for name in ("class_word", "photos"):
+            if not getattr(self, name):
+                raise OptionError(f"{name} is missing")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """The benchmark."""
+
+    subjects: dict[str, dict[str, str]] = option(
+        {}, "the subjects, {name: {class_word, photos, holdout, kind or prompts_file, adapter}}; best in the YAML file"
+    )
+    only: list[str] = option([], "names of the subjects to run; none: all")
+    output_dir: str = option("delora-benchmark", "folder for adapters, images, table (JSON, CSV, Markdown) and plot")
+    pretrained_model_name_or_path: str | None = option(
+        None, "folder or Hub id of the base pipeline; unset: the one that train_config or the adapters name"
+    )
+    train_script: str = option(
+        "train_scripts/train_dreambooth_delora.py", "script that trains a subject without an adapter"
+    )
+    train_config: str | None = option(
+        None, "YAML file of its options; photos, prompts and folders are filled in for each subject"
+    )
+    instance_prompt: str = option("a {}", "caption of photos that have none, {} is the rare word and the class word")
+    plot: bool = option(True, "draw likeness against drift over the strengths (needs the extra plots)")
+
+    def __post_init__(self) -> None:
+        if not self.subjects:
+            raise OptionError("no subjects; give a YAML file of a benchmark with --config")
+        if "{}" not in self.instance_prompt:
+            raise OptionError(f"instance_prompt is {self.instance_prompt!r}; it needs {{}} for the subject")
+        if unknown := sorted(set(self.only) - set(self.subjects)):
+            raise OptionError(f"only names {', '.join(unknown)}; the subjects are {', '.join(self.subjects)}")
+        untrained = [name for name, subject in self.chosen.items() if not subject.adapter]
+        if untrained and not self.train_config:
+            raise OptionError(
+                f"{', '.join(untrained)} have no adapter, and there is no train_config to train them with; give either"
+            )
+
+    @property
+    def chosen(self) -> dict[str, Subject]:
+        """The subjects to run, by name.
+
+        Raises:
+            OptionError: an option of a subject that is unknown, missing or of a wrong type.
+        """
+        return {
+            name: _subject(name, told) for name, told in self.subjects.items() if not self.only or name in self.only
+        }
+
+
+def _subject(name: str, told: dict[str, str]) -> Subject:
+    known = [field.name for field in fields(Subject)]
+    for key in told:
+        if key not in known:
+            raise OptionError(f"subjects[{name}]: unknown option {key!r}; known are {', '.join(known)}")
+    try:
+        subject: Subject = build(Subject, told)
+    except OptionError as error:
+        raise OptionError(f"subjects[{name}]: {error}") from error
+    return subject

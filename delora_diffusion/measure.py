@@ -16,7 +16,7 @@ from .data import load_image
 from .encoders import BATCH, EncoderError, ImageEncoder, embed_images, embed_texts, load_encoder
 from .evaluation_config import MeasuringConfig
 from .metrics import bootstrap, diversity_scores, drift_scores, fidelity_scores, prompt_scores, real_scores
-from .pictures import Batch, by_prompt
+from .pictures import Batch, Photos, by_prompt
 from .prompts import without_token
 from .report import Figure, Row
 
@@ -59,21 +59,20 @@ def load_judges(config: MeasuringConfig, *, device: str | torch.device) -> Judge
     return Judges(encoders, lpips, config.trigger_token)
 
 
-def measure(judges: Judges, batches: Sequence[Batch], *, real: Sequence[Path], holdout: Sequence[Path]) -> list[Row]:
+def measure(judges: Judges, batches: Sequence[Batch], *, real: Photos, holdout: Photos | None) -> list[Row]:
     """The table: what the photos themselves score, then a row for each batch.
 
     Args:
         real: the photos that the subject was taught from.
-        holdout: photos of it that training never saw; may be none.
+        holdout: photos of it that training never saw, if there are any.
     """
-    drawn = [p.path for batch in batches for p in [*batch.pictures, *(p for pair in batch.pairs for p in pair)]]
-    embedded = {
-        kind: embed_files(encoder, [*real, *holdout, *drawn]) for kind, encoder in judges.encoders.items()
-    }  # fmt: skip
-    photos = {"": list(real), **({"_holdout": list(holdout)} if holdout else {})}
-    rows = [_photo_row("training photos", photos[""], photos, embedded)]
-    if holdout:
-        rows.append(_photo_row("held-out photos", photos["_holdout"], photos, embedded))
+    photos = {"": real} if holdout is None else {"": real, "_holdout": holdout}
+    paths = [path for some in photos.values() for path in some.paths]
+    for batch in batches:
+        paths += [picture.path for picture in [*batch.pictures, *(p for pair in batch.pairs for p in pair)]]
+    embedded = {kind: embed_files(encoder, paths) for kind, encoder in judges.encoders.items()}
+    names = {"": "training photos", "_holdout": "held-out photos"}
+    rows = [_photo_row(judges, names[suffix], own, photos, embedded) for suffix, own in photos.items()]
     return rows + [_batch_row(judges, batch, photos, embedded) for batch in batches]
 
 
@@ -87,7 +86,7 @@ def embed_files(encoder: ImageEncoder, paths: Iterable[Path]) -> dict[Path, Tens
     return rows
 
 
-def protocol_of(judges: Judges, *, real: Sequence[Path], holdout: Sequence[Path]) -> dict[str, Any]:
+def protocol_of(judges: Judges, *, real: Photos, holdout: Photos | None) -> dict[str, Any]:
     """All that the numbers depend on besides the images."""
     kind = judges.main.upper()
     told: dict[str, Any] = {f"{name.upper()} encoder": encoder.protocol for name, encoder in judges.encoders.items()}
@@ -98,14 +97,20 @@ def protocol_of(judges: Judges, *, real: Sequence[Path], holdout: Sequence[Path]
         "diversity": f"mean of 1 - cos over the pairs of images of one prompt, {kind}; mean over prompts",
         "intervals": f"{LEVEL:.0%} bootstrap of the mean, {ROUNDS} rounds, seed {SEED}, whole prompts are drawn "
         "(single images where there are fewer than two prompts); the photos are fixed",
-        "training photos": {"folder": str(real[0].parent), "count": len(real), "sha256": content_hash(real)},
+        "training photos": _told(real),
     }
     if judges.lpips:
         told["LPIPS diversity"] = "mean LPIPS (AlexNet, v0.1) over the pairs of images of one prompt"
     if holdout:
-        where = str(holdout[0].parent)
-        told["held-out photos"] = {"folder": where, "count": len(holdout), "sha256": content_hash(holdout)}
+        told["held-out photos"] = _told(holdout)
+        if holdout.captions:
+            told["DINO, same caption"] = "mean cosine of an image with the held-out photo whose caption is its prompt"
     return told
+
+
+def _told(photos: Photos) -> dict[str, Any]:
+    where = str(photos.paths[0].parent)
+    return {"folder": where, "count": len(photos.paths), "sha256": content_hash(photos.paths)}
 
 
 def content_hash(paths: Iterable[Path]) -> str:
@@ -117,36 +122,34 @@ def content_hash(paths: Iterable[Path]) -> str:
 
 
 def _photo_row(
-    name: str, own: Sequence[Path], photos: Mapping[str, Sequence[Path]], embedded: Mapping[str, Embeddings]
+    judges: Judges, name: str, own: Photos, photos: Mapping[str, Photos], embedded: Mapping[str, Embeddings]
 ) -> Row:
     """What photos score against each set of photos; against their own set, each without itself."""
     figures = {}
     for kind, rows in embedded.items():
-        mine = _stack(rows, own)
+        mine = _stack(rows, own.paths)
         for suffix, others in photos.items():
             if others is not own:
-                figures[LIKENESS[kind] + suffix] = _figure(fidelity_scores(mine, _stack(rows, others)))
-            elif len(own) > 1:
+                figures[LIKENESS[kind] + suffix] = _figure(fidelity_scores(mine, _stack(rows, others.paths)))
+            elif len(own.paths) > 1:
                 figures[LIKENESS[kind] + suffix] = _figure(real_scores(mine))
-    return Row(name, None, len(own), figures)
+    if own.captions:
+        figures |= _prompt_figure(judges, own.paths, [own.captions[path] for path in own.paths], embedded)
+    return Row(name, None, len(own.paths), figures)
 
 
-def _batch_row(
-    judges: Judges, batch: Batch, photos: Mapping[str, Sequence[Path]], embedded: Mapping[str, Embeddings]
-) -> Row:
+def _batch_row(judges: Judges, batch: Batch, photos: Mapping[str, Photos], embedded: Mapping[str, Embeddings]) -> Row:
     paths = [picture.path for picture in batch.pictures]
     prompts = [picture.prompt for picture in batch.pictures]
     figures = {}
     for kind, rows in embedded.items():
         for suffix, real in photos.items():
-            scores = fidelity_scores(_stack(rows, paths), _stack(rows, real))
+            scores = fidelity_scores(_stack(rows, paths), _stack(rows, real.paths))
             figures[LIKENESS[kind] + suffix] = _figure(scores, prompts)
-    if "clip" in embedded and None not in prompts:
-        texts = [without_token(str(prompt), judges.token) for prompt in prompts]
-        said = embed_texts(judges.encoders["clip"], list(dict.fromkeys(texts)))
-        places = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        scores = prompt_scores(_stack(embedded["clip"], paths), said[[places[text] for text in texts]])
-        figures["clip_t"] = _figure(scores, prompts)
+    if "dino" in embedded and "_holdout" in photos:
+        figures |= _caption_figure(batch, photos["_holdout"], embedded["dino"])
+    if None not in prompts:
+        figures |= _prompt_figure(judges, paths, [str(prompt) for prompt in prompts], embedded)
     main = embedded[judges.main]
     if batch.pairs:
         base, adapted = (_stack(main, [pair[side].path for pair in batch.pairs]) for side in (0, 1))
@@ -158,6 +161,30 @@ def _batch_row(
         distances = [judges.lpips([load_image(picture.path) for picture in group]) for group in several]
         figures["lpips"] = _figure(torch.tensor(distances))
     return Row(batch.name, batch.strength, len(paths), figures)
+
+
+def _prompt_figure(
+    judges: Judges, paths: Sequence[Path], prompts: Sequence[str], embedded: Mapping[str, Embeddings]
+) -> dict[str, Figure]:
+    """CLIP-T, if there is a CLIP."""
+    if "clip" not in embedded:
+        return {}
+    texts = [without_token(prompt, judges.token) for prompt in prompts]
+    unique = list(dict.fromkeys(texts))
+    said = dict(zip(unique, embed_texts(judges.encoders["clip"], unique), strict=True))
+    scores = prompt_scores(_stack(embedded["clip"], paths), torch.stack([said[text] for text in texts]))
+    return {"clip_t": _figure(scores, prompts)}
+
+
+def _caption_figure(batch: Batch, holdout: Photos, rows: Embeddings) -> dict[str, Figure]:
+    """Likeness of each image to the photos whose caption is its prompt: PEFT's benchmark pairs them so."""
+    scores, prompts = [], []
+    for picture in batch.pictures:
+        alike = [path for path, caption in holdout.captions.items() if caption == picture.prompt]
+        if alike:
+            scores.append(fidelity_scores(rows[picture.path][None], _stack(rows, alike)))
+            prompts.append(picture.prompt)
+    return {"dino_paired": _figure(torch.cat(scores), prompts)} if scores else {}
 
 
 def _figure(scores: Tensor, prompts: Sequence[str | None] | None = None) -> Figure:

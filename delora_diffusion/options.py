@@ -202,14 +202,21 @@ def _also_plain(group: type, field: dataclasses.Field[Any]) -> bool:
 
 def _mapping(group: type, field: dataclasses.Field[Any], value: Any, source: str) -> dict[str, Any]:
     """A `dict[str, ...]` from a mapping, or from text in YAML as the command line gives it."""
-    kind = typing.get_args(typing.get_type_hints(group)[field.name])[1]
+    return _mapped(typing.get_args(typing.get_type_hints(group)[field.name])[1], value, field.name, source)
+
+
+def _mapped(kind: Any, value: Any, name: str, source: str) -> dict[str, Any]:
+    """The same for one level of it; `kind` is the type of its values, which may be a mapping again."""
     try:
         made = yaml.safe_load(value) if isinstance(value, str) else value
     except yaml.YAMLError:
         made = None
     if not isinstance(made, dict):
-        raise OptionError(f"{source}{field.name} is {value!r}; it must be a mapping {{name: value}}")
-    return {str(name): _scalar({kind}, item, f"{field.name}[{name}]", source) for name, item in made.items()}
+        raise OptionError(f"{source}{name} is {value!r}; it must be a mapping {{name: value}}")
+    if typing.get_origin(kind) is dict:
+        inner = typing.get_args(kind)[1]
+        return {str(key): _mapped(inner, item, f"{name}[{key}]", source) for key, item in made.items()}
+    return {str(key): _scalar({kind}, item, f"{name}[{key}]", source) for key, item in made.items()}
 
 
 def _scalar(kinds: set[type], value: Any, name: str, source: str) -> Any:

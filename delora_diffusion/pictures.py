@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data import DataError, find_images
+from .data import DataError, find_images, read_captions
 from .prompts import has_token
 
 MANIFEST = "manifest.jsonl"
@@ -35,6 +35,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Photos:
+    """Real photos of the subject, and their captions where they have some."""
+
+    paths: list[Path]
+    captions: dict[Path, str]
+
+
+@dataclass(frozen=True)
 class Batch:
     """The images of one adapter at one strength."""
 
@@ -42,6 +50,17 @@ class Batch:
     strength: float | None
     pictures: list[Picture]  # of the subject
     pairs: list[tuple[Picture, Picture]]  # unrelated prompts: (base, adapted), drawn alike
+
+
+def read_photos(folder: Path, *, option: str) -> Photos:
+    """The photos of a folder, with captions if it has any (PHOTO.txt or metadata.jsonl, as for training).
+
+    Raises:
+        DataError: no folder, no photos, or captions for some of them only; the message names `option`.
+    """
+    paths = find_images(folder, option=option)
+    captioned = (folder / "metadata.jsonl").is_file() or any(path.with_suffix(".txt").is_file() for path in paths)
+    return Photos(paths, read_captions(folder, paths, default=None) if captioned else {})
 
 
 def read_pictures(source: Path) -> list[Picture]:

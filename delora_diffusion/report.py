@@ -15,8 +15,9 @@ from .files import complete_file
 
 #: Columns in their order, and what the table calls them.
 TITLES = {
-    "dino": "DINO", "dino_holdout": "DINO, held-out", "clip_i": "CLIP-I", "clip_i_holdout": "CLIP-I, held-out",
-    "clip_t": "CLIP-T", "drift": "drift", "diversity": "diversity", "lpips": "LPIPS diversity",
+    "dino": "DINO", "dino_holdout": "DINO, held-out", "dino_paired": "DINO, same caption", "clip_i": "CLIP-I",
+    "clip_i_holdout": "CLIP-I, held-out", "clip_t": "CLIP-T", "drift": "drift", "diversity": "diversity",
+    "lpips": "LPIPS diversity",
 }  # fmt: skip
 
 

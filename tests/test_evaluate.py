@@ -132,7 +132,7 @@ def test_the_measures_are_those_of_the_images_drawn(drawn: tuple[Path, dict[Any,
     shown = [embed_images(clip, opened("subject", strength=1.0, prompt=p)) for p in ("sks dog", "red sks")]
     expected = torch.cat([images @ text for images, text in zip(shown, said, strict=True)]).mean()
     assert figures["clip_t"].value == pytest.approx(float(expected), abs=1e-5)
-    base, adapted = (embed_images(vit, opened("unrelated", strength=s)) for s in (None, 1.0))
+    base, adapted = (embed_images(vit, opened(f, strength=s)) for f, s in (("base", None), ("unrelated", 1.0)))
     assert figures["drift"].value == pytest.approx(float((1 - (base * adapted).sum(-1)).mean() / 2), abs=1e-5)
     pairs = [embed_images(vit, opened("subject", strength=1.0, prompt=p)) for p in ("sks dog", "red sks")]
     apart = [1 - float(pair[0] @ pair[1]) for pair in pairs]
@@ -152,7 +152,7 @@ def test_a_manifest_gives_the_same_as_the_adapter(drawn: tuple[Path, dict[Any, R
     both = tmp_path / "both"
     both.mkdir()
     lines = []
-    for folder in ("subject", "unrelated"):
+    for folder in ("subject", "unrelated", "base"):
         lines += (out / folder / "manifest.jsonl").read_text().splitlines()
         for path in (out / folder).glob("*.png"):
             (both / path.name).write_bytes(path.read_bytes())

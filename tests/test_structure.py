@@ -16,12 +16,13 @@ LEVELS = (
     ("targets", "delora", "options", "objective", "families", "files", "sheet", "seeds", "encoders", "metrics",
      "prompts"),
     ("inject", "config", "evaluation_config", "adapter_file", "report"),
-    ("merge", "state", "data"),
+    ("merge", "state", "data", "plots"),
     ("encode", "checkpoint", "optimizer", "journal", "pictures"),
     ("pipeline", "batches", "base", "draw", "measure"),
     ("preview", "card", "train"),
     ("sample",),
     ("evaluate",),
+    ("benchmark",),
     ("cli",),
 )  # fmt: skip
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
