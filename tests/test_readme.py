@@ -16,7 +16,15 @@ import pytest
 import yaml
 
 from delora_diffusion.cli import main as delora
-from delora_diffusion.config import AdapterConfig, DataConfig, ModelConfig, TrainingConfig, ValidationConfig
+from delora_diffusion.config import (
+    AdapterConfig,
+    DataConfig,
+    DrawingConfig,
+    ModelConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from delora_diffusion.evaluation_config import EvaluationConfig, MeasuringConfig
 from delora_diffusion.options import build, read_yaml, to_table
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +80,34 @@ def test_the_sampling_command_runs(trained: Path, monkeypatch: pytest.MonkeyPatc
     assert Path("runs/spotted_dog_samples/contact_sheet.png").is_file()
 
 
+@pytest.fixture
+def unrelated(tmp_path: Path) -> Path:
+    """One unrelated prompt instead of the README's 24."""
+    (tmp_path / "unrelated.txt").write_text("a cat on the beach\n")
+    return tmp_path / "unrelated.txt"
+
+
+def test_the_evaluation_command_runs(trained: Path, unrelated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    (command,) = commands("delora evaluate")
+    short = ["--num_inference_steps=1", "--strengths", "1", f"--unrelated_prompts_file={unrelated}"]
+    assert delora([*shlex.split(command)[1:], *short]) == 0
+    table = Path("runs/spotted_dog_evaluation/evaluation.md").read_text()
+    assert "DINO, same caption" in table and "drift" in table
+
+
+def test_the_benchmark_command_runs(trained: Path, unrelated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    (command,) = commands("delora benchmark")
+    words = shlex.split(command)
+    subjects = yaml.safe_load(Path(words[-1]).read_text())["subjects"]
+    mine = {"spotted_dog": subjects["spotted_dog"] | {"adapter": "runs/spotted_dog"}}
+    short = ["--num_inference_steps=1", "--strengths", "1", "--seeds", "0", f"--unrelated_prompts_file={unrelated}"]
+    assert delora([*words[1:], f"--subjects={mine}", *short]) == 0
+    written = {path.name for path in Path("runs/pocket_benchmark").iterdir()}
+    assert written >= {"benchmark.md", "benchmark.csv", "benchmark.json", "benchmark.png"}
+
+
 def test_the_yaml_for_own_photos_is_valid(tmp_path: Path) -> None:
     (text,) = blocks("yaml")
     (tmp_path / "my_dog.yaml").write_text(text)
@@ -91,7 +127,7 @@ def test_sample_configs_are_valid_and_their_folders_exist(config: Path) -> None:
 
 def test_mentioned_options_and_linked_files_exist() -> None:
     text = README.read_text(encoding="utf-8").partition(START)[0]
-    known = set(re.findall(r"`--(\w+)`", to_table(*GROUPS)))
+    known = set(re.findall(r"`--(\w+)`", to_table(*GROUPS, EvaluationConfig, MeasuringConfig, DrawingConfig)))
     used = set(re.findall(r"--([a-z_]{4,})", "\n".join(re.findall(r"`(--[^`]*)`", text))))
     assert used and used <= known
     for link in re.findall(r"\]\(([^)h#][^)]*)\)", text):
