@@ -289,7 +289,10 @@ def test_json_round_trip(config: DeloraConfig) -> None:
 
 
 def test_fields_and_defaults_are_pefts() -> None:
-    ours = ("init_weights", "relative_lambda")  # named choices, where PEFT has true and false; and a lambda that follows
+    ours = (
+        "init_weights",
+        "relative_lambda",
+    )  # named choices, where PEFT has true and false; and a lambda that follows
     shared = {key: value for key, value in FULL.to_dict().items() if key not in ours}
     peft.DeloraConfig(**shared)
     defaults = peft.DeloraConfig().to_dict()
