@@ -429,6 +429,27 @@ def test_the_table_has_one_row_of_three_cells_for_every_option() -> None:
     assert "paired" in by_name["--init_weights"][2]
 
 
+def test_a_mapping_of_mappings_comes_from_a_file_or_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Nested:
+        """Nested."""
+
+        rooms: dict[str, dict[str, int]] = option({}, "rooms")
+
+    path = written(tmp_path, "rooms: {hall: {doors: 2}, 3: {}}")
+    assert read(f"--config={path}", groups=(Nested,)) == {"rooms": {"hall": {"doors": 2}, "3": {}}}
+    assert read("--rooms", "{hall: {doors: 2}}", groups=(Nested,)) == {"rooms": {"hall": {"doors": 2}}}
+    for text, message in (
+        ("{hall: two}", "rooms[hall] is 'two'; it must be a mapping"),
+        ("{hall: {doors: two}}", "rooms[hall][doors] is 'two'; it must be a whole number"),
+    ):
+        with pytest.raises(SystemExit):
+            read("--rooms", text, groups=(Nested,))
+        assert message in capsys.readouterr().err
+
+
 def test_a_percent_sign_in_a_help_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     @dataclasses.dataclass(frozen=True)
     class Shares:
