@@ -9,6 +9,9 @@ from .inject import (
     set_delora_adapters,
 )
 from .merge import MergeReport, merge_delora, unmerge_delora
+from .model import DeloraModel
+from .peft_file import export_peft
+from .peft_format import PeftFormatError
 from .pipeline import (
     LoadReport,
     delete_adapters,
@@ -31,14 +34,17 @@ __all__ = [
     "AdapterFileError",
     "DeloraConfig",
     "DeloraConfigError",
+    "DeloraModel",
     "LoadReport",
     "MergeReport",
+    "PeftFormatError",
     "active_delora_adapters",
     "delete_adapters",
     "delora_disabled",
     "delora_state_dict",
     "disable_delora",
     "enable_delora",
+    "export_peft",
     "fuse_delora",
     "get_active_adapters",
     "inject_delora",

@@ -2,7 +2,7 @@
 
 The native file is one safetensors file. Its tensors have PEFT's names with the component of the pipeline in front
 (`unet.<layer>.delora_A`); its header holds the configuration of each component and where the adapter comes from.
-PEFT's own folders (adapter_config.json and adapter_model.safetensors) are read as well.
+PEFT's own folders are read as well (`peft_format.py`).
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import complete_file
+from .peft_format import CONFIG_NAME, WEIGHTS_NAME, from_peft
 from .targets import DeloraConfig
 
 FILE_NAME = "delora_weights.safetensors"
 FORMAT = "delora-1"
-_PEFT_CONFIG, _PEFT_WEIGHTS, _PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 
 class AdapterFileError(ValueError):
@@ -66,6 +65,8 @@ def write_adapter(path: Path, adapter: Adapter) -> Path:
 def read_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
     """Read an adapter from a native file, a folder that holds one, a PEFT folder, or the Hub.
 
+    A folder whose subfolders are PEFT's (`unet/`, `text_encoder/`) is one adapter for those components.
+
     Args:
         source: a path, or a Hub id ("user/my-dog") when no such path exists.
         revision: revision on the Hub.
@@ -79,10 +80,12 @@ def read_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
     if path.is_dir():
         if (path / FILE_NAME).is_file():
             return _read_native(path / FILE_NAME)
-        if (path / _PEFT_CONFIG).is_file():
+        if (path / CONFIG_NAME).is_file():
             return _read_peft(path)
+        if parts := {p.parent.name: _read_peft(p.parent) for p in sorted(path.glob(f"*/{CONFIG_NAME}"))}:
+            return _joined(parts)
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-        raise AdapterFileError(f"{path} holds no adapter: expected {FILE_NAME} or {_PEFT_CONFIG}, found {inside}")
+        raise AdapterFileError(f"{path} holds no adapter: expected {FILE_NAME} or {CONFIG_NAME}, found {inside}")
     return _read_native(path)
 
 
@@ -109,27 +112,34 @@ def _read_native(path: Path) -> Adapter:
 
 def _read_peft(folder: Path) -> Adapter:
     try:
-        values = dict(json.loads((folder / _PEFT_CONFIG).read_text(encoding="utf-8")))
+        values = dict(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
-        raise AdapterFileError(f"cannot read {folder / _PEFT_CONFIG}: {error}; it is damaged") from error
+        raise AdapterFileError(f"cannot read {folder / CONFIG_NAME}: {error}; it is damaged") from error
     if values.get("peft_type") != "DELORA":
         raise AdapterFileError(
             f"{folder} is a PEFT adapter of type {values.get('peft_type')}, not DELORA; load it with PEFT"
         )
-    tensors, _ = _read_tensors(folder / _PEFT_WEIGHTS)
+    if not (folder / WEIGHTS_NAME).is_file() and list(folder.glob("*.bin")):
+        raise AdapterFileError(
+            f"{folder} holds pickled weights, which can carry code and are not read; if you trust them, open "
+            f"them with PEFT and save_pretrained them again: it writes {WEIGHTS_NAME}"
+        )
+    tensors, header = _read_tensors(folder / WEIGHTS_NAME)
+    header.pop("format", None)
+    component = header.pop("component", "")
     base = {"base_model": str(values.get("base_model_name_or_path") or "")}
     try:
-        config = _from_peft(values)
+        config, named = from_peft(values, tensors)
     except (TypeError, ValueError) as error:
-        raise AdapterFileError(f"cannot use the configuration in {folder / _PEFT_CONFIG}: {error}") from error
-    named = {n.removeprefix(_PEFT_PREFIX).replace(".base_layer.", "."): t for n, t in tensors.items()}
-    return Adapter({"": named}, {"": config}, base)
+        raise AdapterFileError(f"cannot use the configuration in {folder / CONFIG_NAME}: {error}") from error
+    return Adapter({component: named}, {component: config}, header | base)
 
 
-def _from_peft(values: Mapping[str, Any]) -> DeloraConfig:
-    known = {name: values[name] for name in DeloraConfig.__dataclass_fields__ if values.get(name) is not None}
-    known["init_weights"] = "zero" if values.get("init_weights", True) else "kaiming"
-    return DeloraConfig(**known)
+def _joined(parts: Mapping[str, Adapter]) -> Adapter:
+    """PEFT folders beside each other as one adapter, each for the component that its folder is called by."""
+    tensors = {component: next(iter(part.tensors.values())) for component, part in parts.items()}
+    configs = {component: next(iter(part.configs.values())) for component, part in parts.items()}
+    return Adapter(tensors, configs, next(iter(parts.values())).provenance)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -160,7 +170,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = [FILE_NAME, _PEFT_CONFIG, _PEFT_WEIGHTS]
+        patterns = [FILE_NAME, *(f"{folder}{name}" for folder in ("", "*/") for name in (CONFIG_NAME, WEIGHTS_NAME))]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise AdapterFileError(f"there is no adapter at {repo}: no such file or folder") from error

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .adapter_file import FILE_NAME
+from .adapter_file import FILE_NAME, Adapter
 from .checkpoint import checkpoints
 from .config import ModelConfig, TrainingConfig
 from .options import OptionError
@@ -35,12 +37,24 @@ def load_base(model: ModelConfig, *, precision: str) -> Any:
 
     path = model.pretrained_model_name_or_path
     dtype = DTYPE[precision if model.base_dtype == "auto" else model.base_dtype]
-    where = {"revision": model.revision, "variant": model.variant}
-    try:
+    with as_base_error(path):
         listed = DiffusionPipeline.load_config(path, revision=model.revision)
         unused = {name: None for name in _NOT_NEEDED if name in listed}
         dtypes = {"default": dtype, "vae": torch.float32}
-        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtypes, **where, **unused)
+        pipe = DiffusionPipeline.from_pretrained(
+            path, dtype=dtypes, revision=model.revision, variant=model.variant, **unused
+        )
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False)
+    return pipe
+
+
+@contextlib.contextmanager
+def as_base_error(path: str) -> Iterator[None]:
+    """What loading the base model `path` raises, as a BaseModelError that says what is missing."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         if Path(path).is_dir():
@@ -49,10 +63,18 @@ def load_base(model: ModelConfig, *, precision: str) -> Any:
                 f"model_index.json, unet/ (or transformer/), vae/, text_encoder/, tokenizer/ and scheduler/"
             ) from error
         raise BaseModelError(f"there is no base model {path}, neither as a folder nor on the Hub: {first}") from error
-    for module in pipe.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False)
-    return pipe
+
+
+def base_of(adapters: Sequence[Adapter], sources: Sequence[str], *, option: str) -> str:
+    """The base model that adapters were trained on, by their own word.
+
+    Raises:
+        OptionError: they name none, or several; `option` is where the user can.
+    """
+    bases = {adapter.provenance.get("base_model", "") for adapter in adapters}
+    if len(bases) != 1 or bases == {""}:
+        raise OptionError(f"{', '.join(sources)} do not name one base model; give --{option}")
+    return bases.pop()
 
 
 def quiet_libraries() -> None:

@@ -1,15 +1,30 @@
-"""The model card of a finished run, and its upload to the Hub."""
+"""The model card of a finished run, and its upload: `delora push --folder runs/my_dog --repo you/my_dog`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .adapter_file import FILE_NAME
+from .adapter_file import FILE_NAME, read_adapter
 from .files import complete_file
+from .inspection import inspect_adapter, relative_update
+from .peft_format import CONFIG_NAME, WEIGHTS_NAME
+
+CARD_NAME, SHEET_NAME = "README.md", "contact_sheet.png"
+#: What is uploaded of a folder: adapters in any form, the card and what it shows; no checkpoints.
+UPLOADED = (
+    FILE_NAME, "pytorch_lora_weights.safetensors", CARD_NAME, "config.yaml", "log.jsonl", "before_after.png",
+    SHEET_NAME, "previews/*.png", CONFIG_NAME, WEIGHTS_NAME, f"*/{CONFIG_NAME}", f"*/{WEIGHTS_NAME}",
+)  # fmt: skip
+
+
+class HubError(ValueError):
+    """An upload that failed; the message says to what, why, and what to do."""
 
 
 def write_card(
@@ -21,9 +36,10 @@ def write_card(
     options: Mapping[str, Any],
     pictures: Sequence[str],
 ) -> Path:
-    """Write `folder/README.md`: front matter for the Hub, how to load the adapter, how it was trained, pictures."""
+    """Write `folder/README.md`: front matter for the Hub, trigger words, how to load the adapter, how it was trained,
+    figures of the adapter that lies in the folder, pictures."""
     front = {
-        "base_model": base_model,
+        **({"base_model": base_model} if _is_hub_id(base_model) else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["delora", "dreambooth", "text-to-image", "diffusers"],
@@ -40,6 +56,7 @@ def write_card(
         "",
         f"A DeLoRA adapter for `{base_model}`" + (f", trained on “{trigger}”." if trigger else "."),
         "",
+        *((f"Trigger words: `{trigger}`", "") if trigger else ()),
         *(f"![{name}]({name})" for name in pictures),
         "",
         "```python",
@@ -47,7 +64,7 @@ def write_card(
         "from delora_diffusion import load_delora_weights",
         "",
         f'pipe = {pipeline}.from_pretrained("{base_model}")',
-        f'load_delora_weights(pipe, "{folder.resolve().name}")  # this folder: {FILE_NAME}',
+        f"{_loading(folder.resolve().name)}  # {FILE_NAME}",
         f'image = pipe("{trigger or "a prompt"}").images[0]',
         "```",
         "",
@@ -57,25 +74,97 @@ def write_card(
         "",
         "`config.yaml` holds all settings: it repeats the run.",
         "",
+        *_figures(folder),
     ]
-    path = folder / "README.md"
+    path = folder / CARD_NAME
     with complete_file(path) as aside:
         aside.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
-def push_to_hub(folder: Path, repo: str | None) -> str:
+def push_to_hub(folder: Path, repo: str | None, *, private: bool = False, sheet: Path | None = None) -> str:
     """Upload the adapter, its card, settings and pictures (no checkpoints).
+
+    The card's code is made to name the repository. Nothing is changed or sent if the folder holds no adapter.
 
     Args:
         repo: name on the Hub; the folder's name if None.
+        private: make a new repository private.
+        sheet: a contact sheet (of `delora sample`) to show on the card; it is copied into the folder.
 
     Returns:
         The address of the repository.
+
+    Raises:
+        AdapterFileError: the folder holds no adapter that can be read.
+        HubError: no such contact sheet, or the Hub refused.
     """
     from huggingface_hub import create_repo, upload_folder
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    url = create_repo(repo or folder.resolve().name, exist_ok=True)
-    patterns = [FILE_NAME, "README.md", "config.yaml", "log.jsonl", "before_after.png", "previews/*.png"]
-    upload_folder(repo_id=url.repo_id, folder_path=folder, allow_patterns=patterns, commit_message="DeLoRA adapter")
+    adapter = read_adapter(folder)
+    if sheet is not None and not sheet.is_file():
+        raise HubError(f"there is no contact sheet {sheet}; delora sample writes one")
+    name = repo or folder.resolve().name
+    try:
+        url = create_repo(name, exist_ok=True, private=private)
+        if not (folder / CARD_NAME).is_file():
+            told = adapter.provenance
+            write_card(folder, base_model=told.get("base_model", ""), trigger=told.get("instance_prompt"),
+                       pipeline="DiffusionPipeline", options={}, pictures=[])  # fmt: skip
+        _complete_card(folder, url.repo_id, sheet)
+        upload_folder(
+            repo_id=url.repo_id, folder_path=folder, allow_patterns=list(UPLOADED), commit_message="DeLoRA adapter"
+        )
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        ConnectionError,
+    ) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise HubError(f"cannot upload {folder} as {name}: {first}; are you logged in (hf auth login)?") from error
     return str(url)
+
+
+def _complete_card(folder: Path, repo_id: str, sheet: Path | None) -> None:
+    """The repository's name in the card's code, and the contact sheet at its end; the rest of the card stays."""
+    path = folder / CARD_NAME
+    text = path.read_text(encoding="utf-8").replace(_loading(folder.resolve().name), _loading(repo_id))
+    if sheet is not None:
+        if sheet.resolve() != (folder / SHEET_NAME).resolve():
+            with complete_file(folder / SHEET_NAME) as aside:
+                shutil.copyfile(sheet, aside)
+        if f"({SHEET_NAME})" not in text:
+            text = f"{text.rstrip()}\n\n![contact sheet]({SHEET_NAME})\n"
+    with complete_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def _loading(name: str) -> str:
+    return f'load_delora_weights(pipe, "{name}")'
+
+
+def _figures(folder: Path) -> Iterator[str]:
+    """A table of what the adapter does to each component."""
+    if not (folder / FILE_NAME).is_file():
+        return
+    found = inspect_adapter(read_adapter(folder / FILE_NAME), folder.name)
+    yield "| component | layers | parameters | size of the update, dW / W | share of its bound | effective rank |"
+    yield "|---|---|---|---|---|---|"
+    for component in found.components():
+        layers = found.of(component)
+        count = max(1, len(layers))
+        share = sum(layer.bound_share for layer in layers) / count
+        directions = sum(layer.effective_rank for layer in layers) / count
+        yield (
+            f"| {component} | {len(layers)} | {found.parameters[component]:,} | {relative_update(layers):.4f} "
+            f"| {share:.1%} | {directions:.1f} |"
+        )
+    yield ""
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a base can be found by others: the Hub rejects a card that names a folder as its base."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()

@@ -10,14 +10,20 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from .adapter_file import AdapterFileError
+from .adapter_file import AdapterFileError, read_adapter
 from .base import BaseModelError, quiet_libraries
 from .benchmark import benchmark
-from .config import DrawingConfig, SamplingConfig
+from .card import push_to_hub
+from .config import DrawingConfig, InspectionConfig, MergingConfig, PushConfig, SamplingConfig
 from .evaluate import evaluate
 from .evaluation_config import BenchmarkConfig, EvaluationConfig, MeasuringConfig
 from .families import FamilyError
+from .files import complete_file
+from .inspection import as_json, as_table, inspect_adapter
+from .inspection_plot import plot_inspections
+from .merged import merge_into_base
 from .options import OptionError, parse
 from .sample import sample
 
@@ -42,10 +48,43 @@ def _benchmark(argv: Sequence[str]) -> None:
     benchmark(*parse(argv, *groups, prog="delora benchmark", description="Measure a method on a list of subjects."))
 
 
+def _merge(argv: Sequence[str]) -> None:
+    """write the base with adapters in its weights, as a complete pipeline"""
+    (config,) = parse(argv, MergingConfig, prog="delora merge", description="Merge adapters into a copy of the base.")
+    for component, report in merge_into_base(config).items():
+        log.info("%s: %d layers, %.2g of the update lost to rounding", component, report.layers, report.rounding_loss)
+    log.info("merged pipeline: %s", config.output)
+
+
+def _inspect(argv: Sequence[str]) -> None:
+    """show what an adapter does to each layer"""
+    (config,) = parse(
+        argv, InspectionConfig, prog="delora inspect", description="Show what adapters do to each layer."
+    )
+    inspections = [inspect_adapter(read_adapter(source), source) for source in config.adapter]
+    print(as_table(inspections), end="")
+    if config.json:
+        with complete_file(Path(config.json)) as aside:
+            aside.write_text(as_json(inspections) + "\n", encoding="utf-8")
+        log.info("figures: %s", config.json)
+    if config.plot:
+        log.info("plot: %s", plot_inspections(inspections, config.plot))
+
+
+def _push(argv: Sequence[str]) -> None:
+    """upload an adapter with its model card to the Hub"""
+    (config,) = parse(argv, PushConfig, prog="delora push", description="Upload an adapter to the Hub.")
+    sheet = Path(config.contact_sheet) if config.contact_sheet else None
+    log.info("uploaded to %s", push_to_hub(Path(config.folder), config.repo, private=config.private, sheet=sheet))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": _sample,
     "evaluate": _evaluate,
     "benchmark": _benchmark,
+    "merge": _merge,
+    "inspect": _inspect,
+    "push": _push,
 }
 
 

@@ -237,6 +237,62 @@ class SamplingConfig:
         _at_least(self, 1, "images_per_prompt")
 
 
+@dataclass(frozen=True)
+class MergingConfig:
+    """Merging adapters into a copy of the base."""
+
+    adapter: list[str] = option([], "adapters to merge: files, folders or Hub ids")
+    weights: list[float] = option([], "strength of each: 1 as trained; none: 1 for all")
+    base: str | None = option(
+        None, "folder or Hub id of the base pipeline; unset: the one the adapters were trained on"
+    )
+    revision: str | None = option(None, "revision of the base on the Hub")
+    variant: str | None = option(None, "variant of the base's weight files, e.g. fp16")
+    output: str = option("", "folder for the merged pipeline; it must not exist yet, or be empty")
+    dtype: str = option("auto", "precision of the merged pipeline; auto: that of the base's files", choices=DTYPES)
+    dequantize: bool = option(
+        False, "let a quantised component be dequantised for good, so that it can be merged into"
+    )
+    check_base: bool = option(True, "refuse an adapter that was trained on another base")
+
+    def __post_init__(self) -> None:
+        if not self.adapter:
+            raise OptionError("nothing to merge; give --adapter")
+        if not self.output:
+            raise OptionError("output is missing; give the folder to write the merged pipeline to")
+        if len(self.weights) not in (0, 1, len(self.adapter)):
+            raise OptionError(
+                f"{len(self.adapter)} adapters but {len(self.weights)} weights; give one for each, or one for all"
+            )
+
+
+@dataclass(frozen=True)
+class InspectionConfig:
+    """Inspecting adapters."""
+
+    adapter: list[str] = option([], "adapters to show, several side by side: files, folders or Hub ids")
+    json: str | None = option(None, "also write every figure to this file")
+    plot: str | None = option(None, "also draw |dW|/|W| by block and kind into this PNG (needs the extra: plots)")
+
+    def __post_init__(self) -> None:
+        if not self.adapter:
+            raise OptionError("nothing to inspect; give --adapter")
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Uploading an adapter to the Hub."""
+
+    folder: str = option("", "folder of the adapter, e.g. what training wrote")
+    repo: str | None = option(None, "name of the repository, e.g. you/my_dog; unset: the folder's name")
+    private: bool = option(False, "make a new repository private")
+    contact_sheet: str | None = option(None, "contact sheet of delora sample to show on the model card")
+
+    def __post_init__(self) -> None:
+        if not self.folder:
+            raise OptionError("folder is missing; give the folder of the adapter")
+
+
 def _at_least(config: object, minimum: int, *names: str) -> None:
     for name in names:
         if getattr(config, name) < minimum:

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import inject, merge
-from .adapter_file import Adapter, AdapterFileError, read_adapter, write_adapter
+from .adapter_file import Adapter, read_adapter, write_adapter
 from .delora import DeloraLayer
 from .families import family_of
+from .matching import assign
 from .state import delora_state_dict, load_delora_state_dict
-from .targets import DeloraConfig
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def load_delora_weights(
     source: str | Path | Adapter,
     adapter_name: str | None = None,
     *,
+    component: str | None = None,
     revision: str | None = None,
     check_base: bool = True,
 ) -> LoadReport:
@@ -48,6 +49,7 @@ def load_delora_weights(
     Args:
         source: a native file, a folder that holds one, a PEFT folder, a Hub id, or an `Adapter`.
         adapter_name: a name not in use; "default", "default_1", ... if None.
+        component: what a PEFT folder is for ("unet", "text_encoder"); found by its layers if None.
         check_base: refuse an adapter that was trained on another base.
 
     Raises:
@@ -55,7 +57,7 @@ def load_delora_weights(
         ValueError: tensors that do not fit, or another base. The pipeline is as it was before the call.
     """
     adapter = source if isinstance(source, Adapter) else read_adapter(source, revision=revision)
-    parts = _assigned(pipe, adapter)
+    parts = assign(components(pipe), adapter, component)
     taken = {name for module in components(pipe).values() for name in _names(module)}
     if adapter_name is None:
         adapter_name = next(
@@ -113,8 +115,7 @@ def save_delora_weights(
     Raises:
         ValueError: no component has an adapter of that name.
     """
-    modules = source if isinstance(source, Mapping) else components(source)
-    return write_adapter(Path(directory), collect(modules, adapter_name, provenance=provenance))
+    return write_adapter(Path(directory), collect(live_modules(source), adapter_name, provenance=provenance))
 
 
 def collect(
@@ -136,6 +137,28 @@ def collect(
     return Adapter(
         tensors, {c: inject.delora_config(m, adapter_name) for c, m in having.items()}, dict(provenance or {})
     )
+
+
+def as_adapter(source: Any, adapter_name: str = "default") -> Adapter:
+    """An adapter from wherever it is: an `Adapter`, what `read_adapter` reads, a pipeline, or live modules.
+
+    Args:
+        adapter_name: which adapter of a pipeline, of modules {component: module}, or of one module (component "").
+    """
+    if isinstance(source, Adapter):
+        return source
+    if isinstance(source, (str, Path)):
+        return read_adapter(source)
+    return collect(live_modules(source), adapter_name)
+
+
+def live_modules(source: Any) -> Mapping[str, nn.Module]:
+    """The modules that can carry an adapter: of a pipeline, {component: module}, or one module; none of a file."""
+    if isinstance(source, (Adapter, str, Path)):
+        return {}
+    if isinstance(source, nn.Module):
+        return {"": source}
+    return source if isinstance(source, Mapping) else components(source)
 
 
 def set_adapters(pipe: Any, names: str | Sequence[str], weights: float | Sequence[float] = 1.0) -> None:
@@ -270,33 +293,3 @@ def _check_known(pipe: Any, names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise ValueError(f"no adapter is called {name!r}; loaded are: {', '.join(sorted(known)) or '(none)'}")
-
-
-def _assigned(pipe: Any, adapter: Adapter) -> dict[str, tuple[DeloraConfig, dict[str, Tensor]]]:
-    """Which component each part of an adapter is for, with the tensor names that component uses."""
-    family = family_of(pipe)
-    if not adapter.tensors:
-        raise AdapterFileError("the adapter holds no tensors; there is nothing to load")
-    parts = {}
-    for component, tensors in adapter.tensors.items():
-        target = component or family.denoiser
-        module = getattr(pipe, target, None)
-        if not isinstance(module, nn.Module):
-            have = ", ".join(components(pipe))
-            raise AdapterFileError(f"the adapter is for {target!r}, but this {type(pipe).__name__} has only {have}")
-        parts[target] = adapter.configs[component], _renamed(module, tensors)
-    return parts
-
-
-def _renamed(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names with or without the `text_model.` level, which transformers 5.6 took out of CLIPTextModel."""
-    has_level = hasattr(module, "text_model")
-    if (
-        has_level
-        and all(not name.startswith("text_model.") for name in tensors)
-        and hasattr(module.text_model, "encoder")
-    ):
-        return {f"text_model.{name}": tensor for name, tensor in tensors.items()}
-    if not has_level:
-        return {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-    return tensors

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from .adapter_file import Adapter, read_adapter
-from .base import load_base
+from .base import base_of, load_base
 from .config import SCHEDULERS, DrawingConfig, ModelConfig, SamplingConfig
 from .draw import draw, quiet
 from .files import complete_file
@@ -97,7 +97,9 @@ def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
 
     cpu = PartialState(cpu=drawing.device == "cpu").device.type == "cpu"
     adapters = [read_adapter(source) for source in config.adapter]
-    base = config.pretrained_model_name_or_path or _base_of(adapters, config.adapter)
+    base = config.pretrained_model_name_or_path or base_of(
+        adapters, config.adapter, option="pretrained_model_name_or_path"
+    )
     precision = {"auto": "fp32" if cpu else "fp16"}.get(drawing.dtype, drawing.dtype)
     shared = {
         "negative_prompt": drawing.negative_prompt, "base": base, "scheduler": drawing.scheduler, "dtype": precision,
@@ -222,10 +224,3 @@ def _content(adapter: Adapter) -> str:
             digest.update(f"{component}.{name}".encode())
             digest.update(tensor.contiguous().float().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _base_of(adapters: Sequence[Adapter], sources: Sequence[str]) -> str:
-    bases = {adapter.provenance.get("base_model", "") for adapter in adapters}
-    if len(bases) != 1 or bases == {""}:
-        raise OptionError(f"{', '.join(sources)} do not name one base model; give --pretrained_model_name_or_path")
-    return bases.pop()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .delora import NORM_FLOOR, base_weight
 from .inject import delora_adapters, delora_layers, record_of
+from .spectrum import relative_update
 
 
 def delora_state_dict(
@@ -76,12 +77,8 @@ def _listed(what: str, names: list[str]) -> str:
 
 @torch.no_grad()
 def update_norms(module: nn.Module, adapter_name: str = "default") -> dict[str, float]:
-    """|dW|_F / |W|_F of every adapted layer, from r x r products: |up down|_F^2 = <up^T up, down down^T>."""
-    ratios = {}
-    for name, adapter in delora_adapters(module, adapter_name).items():
-        down, up = adapter.factors()
-        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
-        ratios[name] = squared.sqrt() / torch.linalg.vector_norm(adapter.delora_w_norm)
+    """|dW|_F / |W|_F of every adapted layer, at the adapter's current weight (see `spectrum.py`)."""
+    ratios = {name: relative_update(adapter) for name, adapter in delora_adapters(module, adapter_name).items()}
     return dict(zip(ratios, torch.stack(list(ratios.values())).tolist(), strict=True))
 
 

@@ -796,7 +796,7 @@ def test_an_adapter_for_a_component_the_pipeline_lacks_is_refused(own: Any, trai
     own.text_encoder = None
     before = anatomy(own)
     message = refused(AdapterFileError, lambda: load_delora_weights(own, adapter))
-    assert message == "the adapter is for 'text_encoder', but this StableDiffusionPipeline has only unet"
+    assert message == "the adapter is for 'text_encoder', but the pipeline has only unet"
     other = Adapter({"transformer": adapter.tensors["unet"]}, {"transformer": adapter.configs["unet"]})
     assert "is for 'transformer'" in refused(AdapterFileError, lambda: load_delora_weights(own, other))
     assert anatomy(own) == before

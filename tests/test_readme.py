@@ -21,11 +21,12 @@ from delora_diffusion.config import (
     DataConfig,
     DrawingConfig,
     ModelConfig,
+    PushConfig,
     TrainingConfig,
     ValidationConfig,
 )
 from delora_diffusion.evaluation_config import EvaluationConfig, MeasuringConfig
-from delora_diffusion.options import build, read_yaml, to_table
+from delora_diffusion.options import build, parse, read_yaml, to_table
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -66,7 +67,7 @@ def test_the_first_command_trains_the_pocket_subject(trained: Path) -> None:
 def test_the_python_code_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     found = blocks("python")
-    assert len(found) == 2
+    assert len(found) == 3
     for code in found:
         exec(compile(code.replace('beach")', 'beach", num_inference_steps=2)'), "README.md", "exec"), {})
 
@@ -106,6 +107,16 @@ def test_the_benchmark_command_runs(trained: Path, unrelated: Path, monkeypatch:
     assert delora([*words[1:], f"--subjects={mine}", *short]) == 0
     written = {path.name for path in Path("runs/pocket_benchmark").iterdir()}
     assert written >= {"benchmark.md", "benchmark.csv", "benchmark.json", "benchmark.png"}
+
+
+def test_merging_and_inspecting_run(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    for word in ("merge", "inspect"):
+        (command,) = commands(f"delora {word} ")
+        assert delora(shlex.split(command)[1:]) == 0
+    assert Path("runs/spotted_dog_model/model_index.json").is_file() and Path("runs/spotted_dog.png").is_file()
+    (command,) = commands("delora push ")
+    assert parse(shlex.split(command)[2:], PushConfig, prog="delora push", description="")
 
 
 def test_the_yaml_for_own_photos_is_valid(tmp_path: Path) -> None:
