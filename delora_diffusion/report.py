@@ -103,10 +103,12 @@ def mean_row(name: str, rows: Sequence[Row]) -> Row:
 
 
 def protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
-    """The protocol as text, a line for each entry; lists longer than 8 are counted."""
+    """The protocol as text, a line for each entry; long lists are counted, nested entries only named."""
     lines = []
     for name, value in protocol.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and all(isinstance(item, Mapping) for item in value.values()):
+            shown = ", ".join(value)
+        elif isinstance(value, Mapping):
             shown = ", ".join(f"{key} {_short(item)}" for key, item in value.items())
         else:
             shown = _short(value)

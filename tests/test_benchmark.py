@@ -104,7 +104,8 @@ def test_one_table_with_the_means_and_a_row_for_every_subject(bench: Path) -> No
     assert "dino_holdout" in rows["dog", 1.0].figures and "dino_holdout" not in rows["cat", 1.0].figures
     with (bench / "out" / "benchmark.csv").open() as file:
         assert [row["name"] for row in csv.DictReader(file)] == [name for name, _ in rows]
-    assert "| mean | 1 | 8 |" in (bench / "out" / "benchmark.md").read_text()
+    text = (bench / "out" / "benchmark.md").read_text()
+    assert "| mean | 1 | 8 |" in text and "\n* subjects: cat, dog\n" in text
     with Image.open(bench / "out" / "benchmark.png") as plot:
         assert plot.width > 600 and len(plot.convert("RGB").getcolors(1 << 24)) > 50
 

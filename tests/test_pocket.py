@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ sys.path.insert(0, str(POCKET))
 
 import world  # noqa: E402
 from places import PLACES  # noqa: E402
+from subjects import SUBJECTS  # noqa: E402
 from things import COLOURS, THINGS, font_path  # noqa: E402
 
 
@@ -85,6 +87,16 @@ def test_subject_has_enough_photos_and_prompts_elsewhere(name: str) -> None:
     assert all(min(Image.open(photo).size) >= 256 for photo in photos)
     prompts = (POCKET / "prompts" / f"{name}.txt").read_text().splitlines()
     assert len(set(prompts)) >= 8
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_held_out_photos_show_places_that_training_did_not(name: str) -> None:
+    subject, folder = SUBJECTS[name], POCKET / "holdout" / name
+    assert not set(subject.held_out) & set(subject.places)
+    captions = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert [row["file_name"] for row in captions] == sorted(path.name for path in folder.glob("*.jpg"))
+    assert [row["text"] for row in captions] == [f"a sks {subject.word} {place}" for place in subject.held_out]
+    assert {row["text"] for row in captions} <= set((POCKET / "prompts" / f"{name}.txt").read_text().splitlines())
 
 
 def test_world_is_large_and_partly_held_out() -> None:
