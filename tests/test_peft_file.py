@@ -125,7 +125,8 @@ def test_a_residual_adapter_is_exact_at_any_pair_of_lambdas_and_with_floored_col
         DeloraConfig(r=2, target_modules=["to_q", "head"], exclude_modules=["blocks.0.to_q", "lm_head"]),
         DeloraConfig(r=2, target_modules="all-linear", relative_lambda=0.1, lambda_pattern={"head": 1.0}),
     ],
-    ids=["biases", "all biases", "saved modules", "saved and biases", "all-linear", "regex", "layers", "excluded", "relative"],
+    ids=["biases", "all biases", "saved modules", "saved and biases", "all-linear", "regex", "layers", "excluded",
+         "relative"],
 )
 def test_every_field_opens_in_peft_and_comes_back(config: DeloraConfig, tmp_path: Path) -> None:
     module = trained(net(), config)
