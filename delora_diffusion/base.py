@@ -17,6 +17,8 @@ from .config import ModelConfig, TrainingConfig
 from .options import OptionError
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+#: What a run makes of itself besides its adapter: gone with it when it is replaced.
+RESULTS = ("best", "before_after.png", "training.png", "strength_sheet.png", "strengths.json")
 _NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -110,7 +112,8 @@ def clear_output(training: TrainingConfig) -> None:
     out = Path(training.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     if training.overwrite_output_dir and not training.resume_from_checkpoint:
-        for path in _run_in(out):
+        made = [out / name for name in RESULTS if (out / name).exists()]
+        for path in [*_run_in(out), *made]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -23,16 +23,16 @@ import yaml
 from .adapter_file import FILE_NAME
 from .checkpoint import checkpoints
 from .config import DrawingConfig
+from .data import read_prompts
+from .dial_plot import dial_plot, need_matplotlib
 from .evaluate import check_prompts, drawing_protocol, drawn_pictures, unrelated_prompts
 from .evaluation_config import BenchmarkConfig, MeasuringConfig, Subject
 from .files import complete_file
 from .measure import Judges, load_judges, measure, protocol_of
 from .options import OptionError
 from .pictures import batches_of, read_photos
-from .plots import dial_plot, need_matplotlib
 from .prompts import DREAMBENCH_PROMPTS
 from .report import Row, markdown, mean_row, protocol_lines, read_report, write_report
-from .sample import read_prompts
 
 log = logging.getLogger(__name__)
 #: What an outer launcher sets for its own processes; a training run inside starts without it.

@@ -13,13 +13,16 @@ import yaml
 from .adapter_file import FILE_NAME, read_adapter
 from .files import complete_file
 from .inspection import inspect_adapter, relative_update
+from .journal import TITLES
 from .peft_format import CONFIG_NAME, WEIGHTS_NAME
 
+#: What lies between is `set_strength`'s.
+_START, _END = "<!-- strength -->", "<!-- end of strength -->"
 CARD_NAME, SHEET_NAME = "README.md", "contact_sheet.png"
 #: What is uploaded of a folder: adapters in any form, the card and what it shows; no checkpoints.
 UPLOADED = (
-    FILE_NAME, "pytorch_lora_weights.safetensors", CARD_NAME, "config.yaml", "log.jsonl", "before_after.png",
-    SHEET_NAME, "previews/*.png", CONFIG_NAME, WEIGHTS_NAME, f"*/{CONFIG_NAME}", f"*/{WEIGHTS_NAME}",
+    FILE_NAME, "pytorch_lora_weights.safetensors", CARD_NAME, "config.yaml", "log.jsonl", "*.png",
+    "best/*", "previews/*.png", CONFIG_NAME, WEIGHTS_NAME, f"*/{CONFIG_NAME}", f"*/{WEIGHTS_NAME}",
 )  # fmt: skip
 
 
@@ -35,9 +38,16 @@ def write_card(
     pipeline: str,
     options: Mapping[str, Any],
     pictures: Sequence[str],
+    figures: str = "",
+    strength: str = "",
 ) -> Path:
     """Write `folder/README.md`: front matter for the Hub, trigger words, how to load the adapter, how it was trained,
-    figures of the adapter that lies in the folder, pictures."""
+    figures of the adapter that lies in the folder, pictures.
+
+    Args:
+        figures: what was measured while it was trained, in Markdown.
+        strength: which strength to use and why, in Markdown; `set_strength` can write it later.
+    """
     front = {
         **({"base_model": base_model} if _is_hub_id(base_model) else {}),
         "library_name": "diffusers",
@@ -68,6 +78,10 @@ def write_card(
         f'image = pipe("{trigger or "a prompt"}").images[0]',
         "```",
         "",
+        *_strength_lines(strength),
+        *(["## Figures", "", figures.strip(), ""] if figures else []),
+        "## Settings",
+        "",
         "| setting | value |",
         "|---|---|",
         *(f"| {name} | {options[name]} |" for name in told if name in options),
@@ -80,6 +94,33 @@ def write_card(
     with complete_file(path) as aside:
         aside.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def set_strength(folder: Path, strength: str) -> bool:
+    """Put a recommendation into the card of an adapter's folder; False if there is no card that has a place for it."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before, start, rest = text.partition(_START)
+    _, end, after = rest.partition(_END)
+    if not (start and end):
+        return False
+    with complete_file(path) as aside:
+        aside.write_text(before + "\n".join(_strength_lines(strength)) + after.removeprefix("\n"), encoding="utf-8")
+    return True
+
+
+def figure_table(rows: Sequence[tuple[str, Mapping[str, float]]], *, of: str) -> str:
+    """A Markdown table of (what, its figures by name); `of` heads the first column; empty columns are left out."""
+    columns = [name for name in TITLES if any(name in figures for _, figures in rows)]
+    lines = [f"| {of} | " + " | ".join(TITLES[name] for name in columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for what, figures in rows:
+        cells = [f"{figures[name]:.3f}" if name in figures else "" for name in columns]
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _strength_lines(strength: str) -> list[str]:
+    return [_START, *(["", "## Strength", "", strength.strip(), ""] if strength else []), _END, ""]
 
 
 def push_to_hub(folder: Path, repo: str | None, *, private: bool = False, sheet: Path | None = None) -> str:

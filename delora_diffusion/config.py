@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .options import OptionError, option
+from .prompts import UNRELATED_PROMPTS
 from .targets import BIAS_CHOICES, INIT_CHOICES
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
@@ -26,6 +27,8 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
 }
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+#: How the best adapter of a run is chosen, see `watch.score_of`.
+KEEP_BEST = ("none", "fidelity", "balanced")
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Previews."""
+    """Previews, and what is measured on them."""
 
     validation_prompt: list[str] = option([], "prompts of the previews; none: no previews")
     validation_steps: int = option(
@@ -183,9 +186,52 @@ class ValidationConfig:
     validation_guidance_scale: float = option(7.5, "guidance of the previews")
     validation_num_inference_steps: int = option(25, "sampling steps of the previews")
     validation_negative_prompt: str | None = option(None, "negative prompt of the previews")
+    validation_dino: str | None = option(
+        None, "folder or Hub id of a DINO, DINOv2, DINOv3 or ViT: measure on every preview likeness and drift"
+    )
+    validation_clip: str | None = option(
+        None, "folder or Hub id of a CLIP: measure on every preview prompt following, and likeness as CLIP-I"
+    )
+    validation_holdout_dir: str | None = option(
+        None, "folder with photos of the subject that training does not see: likeness to these as well"
+    )
+    validation_world_prompt: list[str] = option(
+        list(UNRELATED_PROMPTS[:4]),
+        "prompts that have nothing to do with the subject, for drift; a .txt file stands for its lines",
+    )
+    trigger_token: str = option("sks", "the subject's rare word; prompt following is measured without it")
+    keep_best: str | None = option(
+        None,
+        "keep in best/ the adapter of the preview with the highest fidelity, or (balanced) fidelity - 2 drift; "
+        "unset: balanced with an encoder, none without",
+        choices=KEEP_BEST,
+    )
+    patience: int | None = option(None, "end training after this many previews in a row that are not the best yet")
+    strength_sheet: list[float] = option(
+        [], "at the end draw the previews at these strengths, e.g. 0.5,0.75,...,1.5, and recommend one in the card"
+    )
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "validation_steps", "num_validation_images", "validation_num_inference_steps")
+        encoders = [name for name in ("validation_dino", "validation_clip") if getattr(self, name)]
+        measuring = [name for name in ("validation_holdout_dir", "patience") if getattr(self, name) is not None]
+        measuring += ["keep_best"] if self.keep_best in ("fidelity", "balanced") else []
+        if measuring and not encoders:
+            raise OptionError(
+                f"{' and '.join(measuring)} need figures to go by; give an encoder: validation_dino "
+                f"(e.g. facebook/dinov2-base), validation_clip (e.g. openai/clip-vit-base-patch32), or better both"
+            )
+        needing = [*encoders, *(["strength_sheet"] if self.strength_sheet else [])]
+        if needing and not self.validation_prompt:
+            raise OptionError(f"{' and '.join(needing)} look at the previews; give validation_prompt, a few prompts")
+        if self.patience is not None:
+            _at_least(self, 1, "patience")
+            if self.keep_best == "none":
+                raise OptionError("patience waits for a better adapter; give keep_best fidelity or balanced with it")
+        if encoders and self.keep_best != "fidelity" and self.keep_best != "none" and not self.validation_world_prompt:
+            raise OptionError("keep_best balanced weighs drift; give validation_world_prompt, or keep_best fidelity")
+        if any(strength <= 0 for strength in self.strength_sheet):
+            raise OptionError("strength_sheet holds a strength that is not positive; 0 is the base, 1 as trained")
 
 
 @dataclass(frozen=True)

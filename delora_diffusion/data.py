@@ -123,6 +123,33 @@ def read_captions(folder: Path, paths: Sequence[Path], *, default: str | None) -
     return captions
 
 
+def read_prompts(prompts: Sequence[str], file: str | None = None, *, option: str) -> list[str]:
+    """The prompts, then those of `file`, each once; a prompt that ends in .txt is a file that stands for its lines.
+
+    Raises:
+        DataError: a file that cannot be read or holds no prompt; the message names `option`.
+    """
+    named = [*prompts, *([file] if file else [])]
+    lists = [prompt_lines(Path(p), option=option) if p == file or p.endswith(".txt") else [p] for p in named]
+    return list(dict.fromkeys(prompt for some in lists for prompt in some))
+
+
+def prompt_lines(path: Path, *, option: str) -> list[str]:
+    """A prompt a line; empty lines and lines that start with # are skipped.
+
+    Raises:
+        DataError: the file cannot be read, or holds no prompt; the message names `option`.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {option} {path}: {error}") from error
+    found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not found:
+        raise DataError(f"{option} {path} holds no prompt; write one a line")
+    return found
+
+
 def load_image(path: Path) -> Image.Image:
     """The photo as RGB, upright (EXIF), transparency on white.
 

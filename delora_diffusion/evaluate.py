@@ -12,14 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .card import CARD_NAME, set_strength
 from .config import DrawingConfig, SamplingConfig
+from .data import read_prompts
 from .evaluation_config import EvaluationConfig, MeasuringConfig
+from .journal import TITLES
 from .measure import load_judges, measure, protocol_of
 from .options import OptionError
 from .pictures import Batch, Picture, batches_of, read_photos, read_pictures
 from .prompts import UNRELATED_PROMPTS, has_token
-from .report import markdown, protocol_lines, write_report
-from .sample import plan, read_prompts, sample
+from .report import Row, markdown, protocol_lines, write_report
+from .sample import plan, sample
+from .strengths import Measured, strength_text
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +47,7 @@ def evaluate(config: EvaluationConfig, measuring: MeasuringConfig, drawing: Draw
         batches += batches_of(read_pictures(Path(source)), name=name, token=measuring.trigger_token)
     out = Path(config.output_dir)
     if config.adapter:
-        prompts = read_prompts(config.prompts, config.prompts_file)
+        prompts = read_prompts(config.prompts, config.prompts_file, option="prompts_file")
         check_prompts(prompts, unrelated, token=measuring.trigger_token)
         pictures = drawn_pictures(
             config.adapter, prompts, unrelated, drawing, base=config.pretrained_model_name_or_path,
@@ -57,8 +61,24 @@ def evaluate(config: EvaluationConfig, measuring: MeasuringConfig, drawing: Draw
         written = write_report(out, "evaluation", rows, protocol)
         print(markdown(rows), *protocol_lines(protocol), sep="\n")
         log.info("table: %s (and .csv, .json)", written)
+        if len(config.adapter) == 1:
+            recommend(rows, Path(config.adapter[0]))
     state.wait_for_everyone()
     return out / "evaluation.md"
+
+
+def recommend(rows: Sequence[Row], adapter: Path) -> None:
+    """Say which of the measured strengths to use, also in the adapter's card if it has one."""
+    dial = [
+        Measured(row.strength, {name: figure.value for name, figure in row.figures.items() if name in TITLES})
+        for row in rows
+        if row.strength is not None
+    ]
+    if len({row.strength for row in dial}) < 2 or not (text := strength_text(dial)):
+        return
+    log.info("%s", text.splitlines()[0])
+    if set_strength(adapter, text):
+        log.info("the card %s says so", adapter / CARD_NAME)
 
 
 def drawn_pictures(

@@ -13,6 +13,7 @@ import math
 import types
 import typing
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -96,7 +97,7 @@ def to_table(*groups: type) -> str:
     for group in groups:
         for field in dataclasses.fields(group):
             default = _default(field)
-            value = yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
+            value = yaml.safe_dump(default, default_flow_style=True, width=10_000).splitlines()[0]
             shown = "" if default in (None, "", [], {}) else f"`{value}`"
             meaning = _meaning(field).replace("|", r"\|")  # a bare | would end the cell
             lines.append(f"| `--{field.name}` | {shown} | {meaning} |")
@@ -180,6 +181,8 @@ def _coerce(group: type, field: dataclasses.Field[Any], value: Any, source: str 
     made: Any
     if dict in kinds:
         made = _mapping(group, field, value, source)
+    elif is_list and kinds <= {int, float}:
+        made = [_scalar(kinds, item, field.name, source) for item in _numbers(value, field.name, source)]
     elif is_list and isinstance(value, (list, tuple)):
         made = [_scalar(kinds, item, field.name, source) for item in value]
     else:
@@ -217,6 +220,33 @@ def _mapped(kind: Any, value: Any, name: str, source: str) -> dict[str, Any]:
         inner = typing.get_args(kind)[1]
         return {str(key): _mapped(inner, item, f"{name}[{key}]", source) for key, item in made.items()}
     return {str(key): _scalar({kind}, item, f"{name}[{key}]", source) for key, item in made.items()}
+
+
+def _numbers(value: Any, name: str, source: str) -> list[Any]:
+    """The items of a list of numbers, which may be written with commas and with a range: `0,0.25,...,1.5`.
+
+    A range goes on in the step between the two numbers before `...`, to the number after it, which it must reach.
+    """
+    given = list(value) if isinstance(value, (list, tuple)) else [value]
+    items: list[Any] = []
+    for item in given:
+        items += [part.strip() for part in item.split(",") if part.strip()] if isinstance(item, str) else [item]
+    while "..." in items:
+        place = items.index("...")
+        try:
+            first, second, last = (Decimal(str(items[i])) for i in (place - 2, place - 1, place + 1))
+            count = (last - second) / (second - first)
+            whole = place >= 2 and 1 <= count <= 10_000 and count == int(count)
+        except (IndexError, ArithmeticError):  # no number, or a step of 0
+            whole = False
+        if not whole:
+            shown = ",".join(map(str, items))
+            raise OptionError(
+                f"{source}{name} is {shown}; a range is written first,second,...,last, a whole number of steps long, "
+                f"such as 0,0.25,...,1.5"
+            )
+        items[place : place + 1] = [str(second + (second - first) * step) for step in range(1, int(count))]
+    return items
 
 
 def _scalar(kinds: set[type], value: Any, name: str, source: str) -> Any:

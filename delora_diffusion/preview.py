@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from .config import ValidationConfig
@@ -14,44 +15,83 @@ from .data import IMAGE_SUFFIXES, load_image
 from .draw import draw, quiet
 from .families import Conditioning, family_of
 from .files import complete_file
+from .pipeline import components
 from .seeds import derived_seed
 from .sheet import contact_sheet
 
 #: (prompt or its conditioning, the negative one) -> what `draw` takes
 Prompts = tuple[Sequence[str] | Sequence[Conditioning], str | Conditioning | None]
+#: A row of images for each prompt
+Rows = list[list[Image.Image]]
 
 
 def preview(
     pipe: Any, folder: Path, step: int, config: ValidationConfig, prompts: Prompts, *, size: int, seed: int
-) -> Path:
+) -> Rows:
     """Draw every prompt with fixed seeds from the live pipeline.
 
     Writes `folder/step_NNNNNN/` with the images and `folder/step_NNNNNN.png` with all of them.
 
     Returns:
-        The sheet.
+        A row of images for each prompt.
     """
+    rows = draw_previews(pipe, config, prompts, size=size, seed=seed, count=config.num_validation_images)
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            with complete_file(folder / f"step_{step:06d}" / f"{row}_{column}.png") as aside:
+                image.save(aside)
+    with complete_file(folder / f"step_{step:06d}.png") as aside:
+        contact_sheet(rows, row_labels=config.validation_prompt).save(aside)
+    return rows
+
+
+def draw_previews(pipe: Any, config: ValidationConfig, prompts: Prompts, *, size: int, seed: int, count: int) -> Rows:
+    """`count` images of each prompt with fixed seeds, the first of them the same whatever `count` is."""
     texts, negative = prompts
+    seeds = [derived_seed(seed, "preview", number) for number in range(count)]
     rows = []
-    settings = {
+    with _drawing(pipe):
+        for text in texts:
+            same: Any = [text] * count
+            rows.append(draw(pipe, same, seeds, negative=negative, **_settings(config, size)))
+    return rows
+
+
+def draw_unrelated(
+    pipe: Any, config: ValidationConfig, prompts: Prompts, *, size: int, seed: int
+) -> list[Image.Image]:
+    """One image of each of many prompts, each with a fixed seed of its own."""
+    texts, negative = prompts
+    images: list[Image.Image] = []
+    with _drawing(pipe):
+        for first in range(0, len(texts), config.num_validation_images):
+            part = texts[first : first + config.num_validation_images]
+            seeds = [derived_seed(seed, "unrelated", first + number) for number in range(len(part))]
+            images += draw(pipe, part, seeds, negative=negative, **_settings(config, size))
+    return images
+
+
+@contextlib.contextmanager
+def _drawing(pipe: Any) -> Iterator[None]:
+    """The live pipeline as it draws: the VAE beside the denoiser, no dropout, no progress bar of its own."""
+    trained = [module for module in components(pipe).values() if module.training]
+    for module in trained:
+        module.eval()
+    try:
+        with on_device(pipe, "vae", getattr(pipe, family_of(pipe).denoiser)), quiet(pipe):
+            yield
+    finally:
+        for module in trained:
+            module.train()
+
+
+def _settings(config: ValidationConfig, size: int) -> dict[str, Any]:
+    return {
         "height": size,
         "width": size,
         "guidance_scale": config.validation_guidance_scale,
         "num_inference_steps": config.validation_num_inference_steps,
     }
-    with on_device(pipe, "vae", getattr(pipe, family_of(pipe).denoiser)), quiet(pipe):
-        for text in texts:
-            seeds = [derived_seed(seed, "preview", number) for number in range(config.num_validation_images)]
-            same: Any = [text] * len(seeds)
-            rows.append(draw(pipe, same, seeds, negative=negative, **settings))
-    for row, images in enumerate(rows):
-        for column, image in enumerate(images):
-            with complete_file(folder / f"step_{step:06d}" / f"{row}_{column}.png") as aside:
-                image.save(aside)
-    sheet = folder / f"step_{step:06d}.png"
-    with complete_file(sheet) as aside:
-        contact_sheet(rows, row_labels=config.validation_prompt).save(aside)
-    return sheet
 
 
 def before_after(

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from .adapter_file import Adapter, read_adapter
 from .base import base_of, load_base
 from .config import SCHEDULERS, DrawingConfig, ModelConfig, SamplingConfig
+from .data import read_prompts
 from .draw import draw, quiet
 from .files import complete_file
-from .options import OptionError
 from .pipeline import load_delora_weights, set_adapters
 from .seeds import derived_seed
 from .sheet import contact_sheet
@@ -108,11 +108,12 @@ def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
     }  # fmt: skip
     hashes = [_content(adapter) for adapter in adapters]
     sources: list[int | None] = list(range(len(adapters))) or [None]
+    prompts = read_prompts(config.prompts, config.prompts_file, option="prompts_file")
+    repeats = range(config.images_per_prompt)
     jobs = []
     for prompt, number, strength, seed, repeat in itertools.product(
-        read_prompts(config.prompts, config.prompts_file), sources, drawing.strengths, drawing.seeds,
-        range(config.images_per_prompt),
-    ):  # fmt: skip
+        prompts, sources, drawing.strengths, drawing.seeds, repeats
+    ):
         own = {
             "prompt": prompt,
             "seed": derived_seed(seed, repeat) if repeat else seed,
@@ -122,24 +123,6 @@ def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
         }
         jobs.append(Job(own | shared, number))
     return Plan(adapters, base, precision, jobs)
-
-
-def read_prompts(prompts: Sequence[str], file: str | None, *, option: str = "prompts_file") -> list[str]:
-    """The prompts of the command line, then those of the file, each once.
-
-    Raises:
-        OptionError: the file cannot be read, or holds no prompt; the message names `option`.
-    """
-    found: list[str] = []
-    if file:
-        try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"cannot read {option} {file}: {error}") from error
-        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        if not found:
-            raise OptionError(f"{option} {file} holds no prompt; write one a line")
-    return list(dict.fromkeys([*prompts, *found]))
 
 
 def write_manifest(out: Path, jobs: Sequence[Job]) -> None:

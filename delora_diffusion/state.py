@@ -82,6 +82,13 @@ def update_norms(module: nn.Module, adapter_name: str = "default") -> dict[str, 
     return dict(zip(ratios, torch.stack(list(ratios.values())).tolist(), strict=True))
 
 
+@torch.no_grad()
+def current_lambdas(module: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """lambda of every adapted layer, times the weight that the adapter has now."""
+    values = {n: a.delora_lambda * a.delora_weight for n, a in delora_adapters(module, adapter_name).items()}
+    return dict(zip(values, torch.cat(list(values.values())).tolist(), strict=True))
+
+
 def print_trainable_parameters(module: nn.Module) -> None:
     """Print how many parameters are trained, of how many, in PEFT's words."""
     parameters = [p for name, p in module.named_parameters()]

@@ -32,7 +32,7 @@ from .checkpoint import (
 from .config import AdapterConfig, TrainingConfig
 from .families import Family
 from .inject import delora_adapters, set_delora_adapters
-from .journal import Journal
+from .journal import Journal, Look
 from .objective import Objective
 from .optimizer import ema_update, make_optimizer, make_schedule, relative_gradients, set_lengths, trained_parameters
 from .pipeline import collect
@@ -129,16 +129,20 @@ def train(
     training: TrainingConfig,
     options: dict[str, Any],
     identity: dict[str, Any],
-    preview: Callable[[int], None],
+    preview: Callable[[int], Look],
     preview_steps: int,
-) -> None:
+) -> int:
     """Train the adapters in `modules` in place, from the start or from a checkpoint, to `max_train_steps`.
 
     Args:
         modules: the adapted components by name, the denoiser first.
         options: every option of the run, stored in checkpoints.
         identity: content of what is trained on, compared when a run is continued.
-        preview: called with the number of steps done: before the first, every `preview_steps`, and at the end.
+        preview: called with the number of steps done: before the first, every `preview_steps`, and at the end; what
+            it measured is logged, and training ends early when it has seen enough.
+
+    Returns:
+        Steps done.
 
     Raises:
         TrainingError: the loss is not finite; the newest checkpoint stays.
@@ -185,13 +189,22 @@ def train(
     _announce(accelerator, modules, examples, start, training, per_step, warmup, folder)
     journal = Journal(out / "log.jsonl", start) if main else None
     bar = tqdm(total=last, initial=start, desc="train", disable=not main)
-    _set_weight(modules, ramp_weight(start, warmup))
-    if start == 0:
-        preview(0)
+    _set_weight(modules, ramp_weight(start - 1, warmup))
+
+    def look(done: int) -> bool:
+        found = preview(done)
+        if journal is not None and found.figures:
+            bar.set_postfix(journal.measured(done, found))
+            if accelerator.trackers:
+                accelerator.log(found.figures, step=done)
+        return found.enough
 
     # ---- the loop
+    done = start
     with _stop_signals() as stopping, bar:
         for step in range(start, last):
+            if step % preview_steps == 0 and look(step):
+                break
             if step <= warmup:
                 _set_weight(modules, ramp_weight(step, warmup))
             part, whole = step_gradients(
@@ -223,12 +236,12 @@ def train(
                 checkpoint(done)
             if stop:
                 raise Interrupted(f"stopped at step {done}; go on with --resume_from_checkpoint latest")
-            if done % preview_steps == 0 and done < last:
-                preview(done)
-    _set_weight(modules, ramp_weight(last - 1, warmup))
+    _set_weight(modules, ramp_weight(done - 1, warmup))
     if ema is not None:
         _put(parameters, ema)
-    preview(last)
+    if done == last or ema is not None:  # a run that ended early has its last pictures already
+        look(done)
+    return done
 
 
 def _schedule_identity(training: TrainingConfig) -> dict[str, Any]:

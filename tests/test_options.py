@@ -29,6 +29,8 @@ REQUIRED: dict[type, dict[str, Any]] = {
     SamplingConfig: {"prompts": ["a dog"], "adapter": ["out"]},
 }
 PRIOR = {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a dog"}
+MEASURED = {"validation_prompt": ["a dog"], "validation_clip": "clip"}
+NEED_FIGURES = (*MEASURED, "validation_dino", "validation_holdout_dir", "keep_best", "patience", "strength_sheet")
 FIELDS = [
     pytest.param(group, field, id=f"{group.__name__}.{field.name}")
     for group in (*TRAINING, *SAMPLING)
@@ -88,8 +90,9 @@ def other(group: type, field: dataclasses.Field[Any]) -> Any:
 
 def companions(group: type, name: str) -> dict[str, Any]:
     """What else must be given for `group` to be valid with the option `name`."""
+    measured = MEASURED if group is ValidationConfig and name in NEED_FIGURES else {}
     more = PRIOR if name in PRIOR else {"class_prompt": "a dog"} if name == "with_base_preservation" else {}
-    return REQUIRED.get(group, {}) | more
+    return REQUIRED.get(group, {}) | more | measured
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
@@ -226,6 +229,47 @@ WRONG = [
     ("rank_pattern: {to_q: four}", "rank_pattern[to_q] is 'four'", "a whole number"),
     ("lambda_pattern: [to_q]", "lambda_pattern is ['to_q']", "a mapping"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (["0,0.5,1"], [0, 0.5, 1]),
+        (["0,0.25,...,1.5"], [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]),
+        (["0.1,0.2,...,0.7"], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),
+        (["0", "0.5", "...", "2", "5"], [0, 0.5, 1, 1.5, 2, 5]),
+        (["0,", "0.5"], [0, 0.5]),
+        (["1.5,1,...,0"], [1.5, 1, 0.5, 0]),
+        (["0,1,...,2,4,...,8"], [0, 1, 2, 4, 6, 8]),
+        (["1,2,...,3"], [1, 2, 3]),
+    ],
+)
+def test_numbers_may_have_commas_and_ranges(words: list[str], values: list[float], tmp_path: Path) -> None:
+    given = ["--prompts", "a dog", "--adapter", "out"]
+    assert read(*given, "--strengths", *words, groups=SAMPLING)["strengths"] == values
+    text = f"prompts: a dog\nadapter: out\nstrengths: '{','.join(words)}'\n"
+    _, config = parse(["--config", str(written(tmp_path, text))], *SAMPLING, prog="sample", description="")
+    assert config.strengths == values and all(isinstance(value, float) for value in config.strengths)
+
+
+def test_a_range_may_be_a_yaml_list(tmp_path: Path) -> None:
+    path = written(tmp_path, "prompts: a dog\nadapter: out\nstrengths: [0, 0.5, ..., 1.5]\n")
+    assert read("--config", str(path), groups=SAMPLING)["strengths"] == [0, 0.5, 1, 1.5]
+
+
+def test_a_range_of_seeds_is_whole_numbers() -> None:
+    given = ["--prompts", "a dog, on a mat", "--adapter", "out", "--seeds", "0,1,...,4"]
+    values = read(*given, groups=SAMPLING)
+    assert values["seeds"] == [0, 1, 2, 3, 4] and values["prompts"] == ["a dog, on a mat"], "text keeps its commas"
+
+
+@pytest.mark.parametrize(
+    "words", ["0,0.25,...", "...,1", "0,...,1", "0,0.3,...,1", "0,0,...,1", "0,1,...,-3", "a,b,...,c", "0,1e-9,...,1"]
+)
+def test_a_range_that_does_not_end_is_refused_with_an_example(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read("--prompts", "a dog", "--adapter", "out", f"--strengths={words}", groups=SAMPLING)
+    assert "such as 0,0.25,...,1.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, found, expected", WRONG)

@@ -61,7 +61,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_first_command_trains_the_pocket_subject(trained: Path) -> None:
     out = trained / "runs" / "spotted_dog"
-    assert {p.name for p in out.iterdir()} >= {"delora_weights.safetensors", "before_after.png", "config.yaml"}
+    pictures = {"before_after.png", "training.png", "strength_sheet.png"}
+    assert {p.name for p in out.iterdir()} >= {"delora_weights.safetensors", "config.yaml", "best"} | pictures
 
 
 def test_the_python_code_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,10 +121,12 @@ def test_merging_and_inspecting_run(trained: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_yaml_for_own_photos_is_valid(tmp_path: Path) -> None:
-    (text,) = blocks("yaml")
+    text, watching = blocks("yaml")
     (tmp_path / "my_dog.yaml").write_text(text)
+    assert read_yaml(tmp_path / "my_dog.yaml", *GROUPS) == yaml.safe_load(text)
+    (tmp_path / "my_dog.yaml").write_text(text + watching)
     values = read_yaml(tmp_path / "my_dog.yaml", *GROUPS)
-    assert values == yaml.safe_load(text) and all(build(group, values) for group in GROUPS)
+    assert values["strength_sheet"] == [0.5, 0.75, 1, 1.25, 1.5] and all(build(group, values) for group in GROUPS)
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_optimizer_state_and_average_take_part(run: Run) -> None:
 def test_output_folder_holds_everything(run: Run, base: Path, tmp_path: Path) -> None:
     out = run("out", "--validation_prompt", "a sks dog", "a cat", "--validation_steps=4", "--num_validation_images=2",
               "--checkpointing_steps=2", "--checkpoints_total_limit=2")  # fmt: skip
-    files = {FILE_NAME, "README.md", "before_after.png", "config.yaml", "log.jsonl"}
+    files = {FILE_NAME, "README.md", "before_after.png", "config.yaml", "log.jsonl", "training.png"}
     assert {p.name for p in out.iterdir()} == files | {"checkpoint-4", "checkpoint-6", "previews"}
     assert sorted(p.name for p in (out / "previews").glob("*.png")) == [f"step_00000{n}.png" for n in (0, 4, 6)]
     assert read_adapter(out).provenance["base_model"] == str(base)

@@ -7,35 +7,43 @@ All options: `--help`. A YAML file gives the same options by the same names; the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from tqdm import tqdm
 
 from delora_diffusion.base import BaseModelError, check_output, clear_output, load_base, quiet_libraries
 from delora_diffusion.batches import Examples
-from delora_diffusion.card import push_to_hub, write_card
+from delora_diffusion.card import figure_table, push_to_hub, write_card
 from delora_diffusion.checkpoint import CheckpointError
 from delora_diffusion.config import AdapterConfig, DataConfig, ModelConfig, TrainingConfig, ValidationConfig
-from delora_diffusion.data import DataError, class_examples, instance_examples
+from delora_diffusion.data import DataError, class_examples, instance_examples, read_prompts
 from delora_diffusion.encode import Cache, cache_latents, cache_prompts, fingerprint
+from delora_diffusion.encoders import EncoderError
 from delora_diffusion.families import FamilyError, family_of
-from delora_diffusion.inject import inject_delora
+from delora_diffusion.inject import delora_disabled, inject_delora
+from delora_diffusion.journal import Look, figures_by_step, read_log
 from delora_diffusion.objective import ObjectiveError, objective_of
 from delora_diffusion.options import OptionError, parse, to_yaml
 from delora_diffusion.pipeline import save_delora_weights
-from delora_diffusion.preview import before_after, fill_class_folder, preview
+from delora_diffusion.preview import Rows, before_after, draw_unrelated, fill_class_folder, preview
+from delora_diffusion.run_plot import plot_run
 from delora_diffusion.seeds import derived_seed
+from delora_diffusion.strengths import SHEET, draw_strengths, strength_text
 from delora_diffusion.targets import ALL_LINEAR, DeloraConfig, DeloraConfigError
 from delora_diffusion.train import Interrupted, TrainingError, options_of, train
+from delora_diffusion.watch import Watch, load_gauge, protocol_of, read_best
 
 GROUPS = (ModelConfig, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig)
-KNOWN_ERRORS = (OptionError, DataError, BaseModelError, DeloraConfigError, ObjectiveError, FamilyError,
+KNOWN_ERRORS = (OptionError, DataError, BaseModelError, EncoderError, DeloraConfigError, ObjectiveError, FamilyError,
                 CheckpointError, TrainingError, ImportError)  # fmt: skip
 log = logging.getLogger("delora_diffusion.train_dreambooth")
 
@@ -56,6 +64,13 @@ def run(
     # ---- load: photos first, so that a wrong folder is told before anything large is read
     instances = instance_examples(data, seed=seed)
     check_output(training)
+    measuring = bool(validation.validation_dino or validation.validation_clip)
+    world = read_prompts(validation.validation_world_prompt, option="validation_world_prompt") if measuring else []
+    validation = replace(validation, validation_world_prompt=world)
+    gauge = load_gauge(
+        [e.path for e in instances], dino=validation.validation_dino, clip=validation.validation_clip,
+        holdout=validation.validation_holdout_dir, token=validation.trigger_token,
+    ) if measuring and main else None  # fmt: skip
     pipe = load_base(model, precision=accelerator.mixed_precision)
     family, objective = family_of(pipe), objective_of(pipe.scheduler)
     encoders = [name for name in family.text_encoders if getattr(pipe, name, None) is not None]
@@ -86,16 +101,19 @@ def run(
     pipe.vae.to("cpu")
     for name in encoders:
         getattr(pipe, name).to(device)
-    conditioning, preserved, shown = None, {}, (validation.validation_prompt, validation.validation_negative_prompt)
+    conditioning, preserved, negative = None, {}, validation.validation_negative_prompt
+    shown, unrelated = (validation.validation_prompt, negative), (world, negative)
     tokenizers = [getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in encoders]
     identity = fingerprint(*(getattr(pipe, name) for name in encoders), *(t.get_vocab() for t in tokenizers))
     if data.with_base_preservation and data.class_prompt:
         preserved = cache_prompts(cache, pipe, family, [data.class_prompt], identity=identity)
     if not adapter.train_text_encoder:
-        negative = validation.validation_negative_prompt or ""
-        captions = [e.caption for e in [*instances, *classes]] + [*validation.validation_prompt, negative]
+        captions = [e.caption for e in [*instances, *classes]]
+        captions += [*validation.validation_prompt, *world, negative or ""]
         conditioning = cache_prompts(cache, pipe, family, captions, identity=identity) | preserved
-        shown = ([conditioning[text] for text in validation.validation_prompt], conditioning[negative])
+        shown, unrelated = (
+            ([conditioning[text] for text in texts], conditioning[negative or ""]) for texts, _ in (shown, unrelated)
+        )
         for name in encoders:
             setattr(pipe, name, None)
     if not validation.validation_prompt:
@@ -123,11 +141,33 @@ def run(
             (out / "config.yaml").write_text(settings_file, encoding="utf-8")
     accelerator.wait_for_everyone()
 
-    def show(step: int) -> None:
+    def world_pictures() -> list[Image.Image]:
+        return draw_unrelated(pipe, validation, unrelated, size=data.resolution, seed=seed) if gauge else []
+
+    with accelerator.autocast(), contextlib.ExitStack() as as_base:
+        for module in modules.values():
+            as_base.enter_context(delora_disabled(module))
+        base_pictures = world_pictures()
+    provenance = {"base_model": model.pretrained_model_name_or_path, "base_fingerprint": base_identity,
+                  "family": family.name, "seed": str(seed), "instance_prompt": data.instance_prompt or ""}  # fmt: skip
+    watch = Watch(
+        gauge, validation.validation_prompt, base_pictures, out, protocol_of(gauge, validation),
+        validation.keep_best or "balanced", validation.patience,
+        lambda folder, step: save_delora_weights(folder, modules, provenance=provenance | {"steps": str(step)}),
+    ) if gauge else None  # fmt: skip
+    latest: tuple[Rows, list[Image.Image]] = ([], [])
+
+    def show(step: int) -> Look:
+        nonlocal latest
+        look = Look()
         if main and validation.validation_prompt:
             with accelerator.autocast():
-                preview(pipe, out / "previews", step, validation, shown, size=data.resolution, seed=seed)
-        accelerator.wait_for_everyone()
+                rows = preview(pipe, out / "previews", step, validation, shown, size=data.resolution, seed=seed)
+                others = base_pictures if step == 0 and adapter.init_weights != "kaiming" else world_pictures()
+            latest = rows, others
+            look = watch.look(step, rows, others) if watch else look
+        enough = accelerator.reduce(torch.tensor(float(look.enough), device=device), "sum")  # all wait for it here
+        return replace(look, enough=bool(enough))
 
     options = options_of(model, adapter, data, training, validation)
     if training.report_to:
@@ -137,7 +177,7 @@ def run(
         preserved, data.base_preservation_weight,
     )  # fmt: skip
     photos = sorted((e.content, e.caption) for e in [*instances, *classes])
-    train(
+    steps = train(
         accelerator, modules, examples, family, objective, adapter=adapter, training=training, options=options,
         identity={"base model": base_identity, "photos and captions": fingerprint(photos)},
         preview=show, preview_steps=validation.validation_steps,
@@ -146,21 +186,44 @@ def run(
     # ---- save
     if main:
         (out / "config.yaml").write_text(settings_file, encoding="utf-8")
-        provenance = {"base_model": model.pretrained_model_name_or_path, "base_fingerprint": base_identity,
-                      "family": family.name, "steps": str(training.max_train_steps), "seed": str(seed),
-                      "instance_prompt": data.instance_prompt or ""}  # fmt: skip
-        saved = save_delora_weights(out, modules, provenance=provenance)
-        sheet = before_after(out / "previews", training.max_train_steps, validation,
-                             [e.path for e in instances], out / "before_after.png")  # fmt: skip
-        write_card(out, base_model=model.pretrained_model_name_or_path, trigger=data.instance_prompt,
-                   pipeline=type(pipe).__name__, options=options, pictures=[sheet.name] if sheet else [])  # fmt: skip
+        saved = save_delora_weights(out, modules, provenance=provenance | {"steps": str(steps)})
         log.info("adapter: %s", saved)
+        text = ""
+        if validation.strength_sheet:
+            with accelerator.autocast():
+                measured = draw_strengths(
+                    pipe, modules, out, validation, shown, unrelated,
+                    gauge=gauge, base=base_pictures, known=latest, size=data.resolution, seed=seed,
+                )  # fmt: skip
+            text = strength_text(measured, sheet=SHEET)
+        best = read_best(out)
+        sheet = before_after(out / "previews", steps, validation,
+                             [e.path for e in instances], out / "before_after.png")  # fmt: skip
+        pictures = [p for p in (sheet, plot_run(out, best=int(best["step"]) if best else None)) if p]
+        figures = _figures(out, best)
+        for told in filter(None, (figures, text)):
+            log.info("\n%s\n", told)
+        write_card(out, base_model=model.pretrained_model_name_or_path, trigger=data.instance_prompt,
+                   pipeline=type(pipe).__name__, options=options,
+                   pictures=[p.name for p in pictures], figures=figures, strength=text)  # fmt: skip
         if sheet:
             log.info("before and after: %s", sheet)
         if training.push_to_hub:
             log.info("uploaded to %s", push_to_hub(out, training.hub_model_id))
     accelerator.end_training()
     return out
+
+
+def _figures(out: Path, best: dict[str, Any] | None) -> str:
+    """What was measured before the first step, on the best adapter that was kept, and at the end; "" if nothing."""
+    looks = figures_by_step(read_log(out / "log.jsonl"))
+    if not looks:
+        return ""
+    first, last = min(looks), max(looks)
+    rows = [("the base" if first == 0 else f"step {first}", looks[first]), (f"this adapter, step {last}", looks[last])]
+    if best:
+        rows.insert(1, (f"`best/`, step {best['step']}, kept by {best['rule']}", best))
+    return figure_table(rows, of="previews")
 
 
 def _denoiser_config(adapter: AdapterConfig) -> DeloraConfig:

@@ -1,0 +1,106 @@
+"""A run in one picture, from its log: loss, fidelity, drift, |dW|/|W| and lambda by block, with previews below."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .data import load_image
+from .files import complete_file
+from .journal import TITLES, figures_by_step, read_log
+
+log = logging.getLogger(__name__)
+FILE = "training.png"
+#: Previews shown below the curves, spread over the run.
+PREVIEWS = 8
+_LIKENESS = ("dino", "dino_holdout", "clip_i", "clip_i_holdout")
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+
+
+def plot_run(folder: Path, *, best: int | None = None) -> Path | None:
+    """Draw `folder`/training.png from `folder`/log.jsonl and the previews beside it.
+
+    Args:
+        best: step of the adapter that was kept as the best, marked in every panel.
+
+    Returns:
+        The picture; None without matplotlib (the log says how to get it), or without any line in the log.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.info('no %s: it needs matplotlib: pip install "delora_diffusion[plots]"', FILE)
+        return None
+    panels = curves_of(read_log(folder / "log.jsonl"))
+    if not panels:
+        return None
+    previews = _previews(folder / "previews")
+    across = min(3, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure: Any = Figure(figsize=(4.2 * across, 2.9 * down + (1.9 if previews else 0)), dpi=110, layout="constrained")
+    heights = [2.9 * down, 1.9] if previews else [1]
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights).flatten().tolist()
+    if previews:
+        _show(parts[1], previews)
+    axes = parts[0].subplots(down, across, squeeze=False).flatten().tolist()
+    for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+        _panel(axis, title, curves, best)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    with complete_file(folder / FILE) as aside:
+        figure.savefig(aside)
+    return folder / FILE
+
+
+def curves_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """{panel: {curve: [(step, value)]}} of a log; panels and curves without a value are left out."""
+    steps = [line for line in lines if "loss" in line]
+    looks = figures_by_step(lines)
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {"": [(x["step"], x["loss"]) for x in steps]}}
+    for title, names in (("fidelity", _LIKENESS), ("prompt following", ("clip_t",)), ("drift", ("drift",))):
+        panels[title] = {
+            TITLES[name]: [(step, told[name]) for step, told in looks.items() if name in told] for name in names
+        }
+    for title, prefix in (("|dW| / |W|", "update_norm/"), ("lambda, with its ramp", "lambda/")):
+        blocks = dict.fromkeys(key for line in steps for key in line if key.startswith(prefix))
+        panels[title] = {
+            block.removeprefix(prefix): [(line["step"], line[block]) for line in steps if block in line]
+            for block in blocks
+        }
+    kept = {title: {name: points for name, points in curves.items() if points} for title, curves in panels.items()}
+    return {title: curves for title, curves in kept.items() if curves}
+
+
+def _panel(axis: Any, title: str, curves: Curves, best: int | None) -> None:
+    for name, points in curves.items():
+        few = "." if len(points) < 30 else None
+        axis.plot(*zip(*points, strict=True), marker=few, linewidth=1.3, label=name)
+    if best is not None:
+        label = f"best, step {best}" if title == "fidelity" else None
+        axis.axvline(best, color="0.6", linewidth=1, linestyle="--", label=label)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("step", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    if title not in ("loss", "fidelity", "prompt following"):
+        axis.set_ylim(bottom=0)
+    if any(label and label[0] != "_" for label in axis.get_legend_handles_labels()[1]):
+        axis.legend(fontsize=7)
+
+
+def _previews(folder: Path) -> list[tuple[int, Path]]:
+    """The first picture of up to `PREVIEWS` previews, the first and the last among them."""
+    found = sorted((int(p.parent.name.removeprefix("step_")), p) for p in folder.glob("step_*/0_0.png"))
+    if len(found) <= PREVIEWS:
+        return found
+    return [found[round(place * (len(found) - 1) / (PREVIEWS - 1))] for place in range(PREVIEWS)]
+
+
+def _show(figure: Any, previews: Sequence[tuple[int, Path]]) -> None:
+    for axis, (step, path) in zip(figure.subplots(1, len(previews), squeeze=False)[0], previews, strict=True):
+        axis.imshow(load_image(path))
+        axis.set_title(f"step {step}", fontsize=8)
+        axis.set_axis_off()

@@ -1,0 +1,89 @@
+"""The dial: which strength is recommended, the sheet at the end of training, `delora sample --real`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from delora_diffusion.card import write_card
+from delora_diffusion.cli import main
+from delora_diffusion.journal import figures_by_step, read_log
+from delora_diffusion.report import read_report
+from delora_diffusion.strengths import SHEET, TABLE, Measured, recommended, strength_text
+
+from .test_sample import adapters
+from .test_train import Run, fresh_accelerator, run, same, tensors
+from .test_watch import CLIP, SUBJECT, VIT, WATCHED
+
+__all__ = ["adapters", "fresh_accelerator", "run"]  # fixtures
+
+
+def rows(**likeness: float) -> list[Measured]:
+    return [Measured(float(name[1:]) / 100, {"dino": value, "drift": 0.1}) for name, value in likeness.items()]
+
+
+@pytest.mark.parametrize(
+    ("measured", "chosen"),
+    [
+        (rows(s050=0.60, s075=0.686, s100=0.70, s125=0.69), 0.75),  # .686 = .98 x .70
+        (rows(s050=0.60, s075=0.685, s100=0.70, s125=0.69), 1.0),
+        (rows(s125=0.70, s100=0.70, s075=0.10), 1.0),
+        (rows(s000=0.99, s100=0.5), 1.0),
+        (rows(s050=-0.51, s100=-0.50), 0.5),
+        (rows(s000=0.9), None),
+        ([Measured(1.0, {})], None),
+    ],
+)
+def test_the_smallest_strength_within_two_percent_of_the_best(measured: list[Measured], chosen: float | None) -> None:
+    assert recommended(measured) == chosen
+
+
+def test_the_card_says_which_strength_and_why_and_can_be_told_later(tmp_path: Path) -> None:
+    text = strength_text(rows(s050=0.60, s075=0.69, s100=0.70), sheet=SHEET)
+    assert "Recommended: **0.75**, the smallest strength whose fidelity (DINO) is within 2% of the best" in text
+    assert "| **0.75** | 0.690 | 0.100 |" in text and f"![{SHEET}]({SHEET})" in text
+    assert strength_text([Measured(1.0, {})]) == "" and SHEET in strength_text([Measured(1.0, {})], sheet=SHEET)
+    told = {"base_model": "b", "trigger": "a sks dog", "pipeline": "P", "options": {}, "pictures": []}
+    card = write_card(tmp_path, **told, strength=text, figures="| figures |")  # type: ignore[arg-type]
+    assert text in card.read_text() and "## Figures\n\n| figures |" in card.read_text()
+    plain = write_card(tmp_path, **told).read_text()  # type: ignore[arg-type]
+    assert "## Strength" not in plain and "## Figures" not in plain
+
+
+def test_training_ends_with_the_sheet_and_leaves_the_adapter_as_it_was(run: Run) -> None:
+    plain = run("plain", *WATCHED)
+    out = run("out", *WATCHED, "--strength_sheet=0.001,0.5,1")
+    assert same(tensors(out), tensors(plain)) and not (plain / SHEET).exists()
+    told = json.loads((out / TABLE).read_text())
+    tiny, half, full = told["strengths"]
+    assert [row["strength"] for row in told["strengths"]] == [0.001, 0.5, 1.0]
+    assert full["figures"] == figures_by_step(read_log(out / "log.jsonl"))[6], "the last preview, not drawn again"
+    assert tiny["figures"]["drift"] < 1e-3 < half["figures"]["drift"] < full["figures"]["drift"]
+    card = (out / "README.md").read_text()
+    assert f"Recommended: **{told['recommended']:g}**" in card and "(training.png)" in card
+    assert "| the base |" in card and "| this adapter, step 6 |" in card and "kept by balanced" in card
+    with Image.open(out / SHEET) as sheet:
+        assert sheet.width > 3 * 160 and sheet.height > 3 * 160
+
+
+def test_an_evaluation_over_the_dial_recommends_a_strength_in_the_card(
+    adapters: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = write_card(adapters[0], base_model="b", trigger=None, pipeline="P", options={}, pictures=[])
+    before = card.read_text()
+    command = [
+        "evaluate", f"--adapter={adapters[0]}", "--prompts=a sks dog", f"--output_dir={tmp_path}", f"--dino={VIT}",
+        f"--clip={CLIP}", f"--real={SUBJECT}", "--strengths", "0,0.5,...,1", "--num_inference_steps=2",
+    ]  # fmt: skip
+    assert main(command) == 0
+    rows, _ = read_report(tmp_path / "evaluation.json")
+    scores = {row.strength: row.figures["dino"].value for row in rows if row.strength}
+    chosen = min(s for s, score in scores.items() if score >= max(scores.values()) - 0.02 * abs(max(scores.values())))
+    assert f"Recommended: **{chosen:g}**" in capsys.readouterr().err
+    assert f"Recommended: **{chosen:g}**" in card.read_text()
+    assert main(command) == 0 and card.read_text().count("Recommended:") == 1
+    told = card.read_text().partition("<!-- strength -->")[2].partition("<!-- end")[0]
+    assert card.read_text().replace(told, "\n") == before
