@@ -8,6 +8,8 @@ from .inject import (
     remove_delora,
     set_delora_adapters,
 )
+from .lora_file import ExportReport, export_lora
+from .lora_names import LoraError
 from .merge import MergeReport, merge_delora, unmerge_delora
 from .model import DeloraModel
 from .peft_file import export_peft
@@ -26,8 +28,9 @@ from .pipeline import (
     unfuse_delora,
     unload_delora_weights,
 )
-from .state import delora_state_dict, load_delora_state_dict, print_trainable_parameters, update_norms
+from .state import StateReport, delora_state_dict, load_delora_state_dict, print_trainable_parameters, update_norms
 from .targets import DeloraConfig, DeloraConfigError
+from .verify import VerifyReport, verify_lora
 
 __all__ = [
     "Adapter",
@@ -35,9 +38,13 @@ __all__ = [
     "DeloraConfig",
     "DeloraConfigError",
     "DeloraModel",
+    "ExportReport",
     "LoadReport",
+    "LoraError",
     "MergeReport",
     "PeftFormatError",
+    "StateReport",
+    "VerifyReport",
     "active_delora_adapters",
     "delete_adapters",
     "delora_disabled",
@@ -45,6 +52,7 @@ __all__ = [
     "disable_delora",
     "enable_delora",
     "export_peft",
+    "export_lora",
     "fuse_delora",
     "get_active_adapters",
     "inject_delora",
@@ -62,5 +70,6 @@ __all__ = [
     "unload_delora_weights",
     "unmerge_delora",
     "update_norms",
+    "verify_lora",
     "write_adapter",
 ]

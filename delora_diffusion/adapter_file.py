@@ -12,20 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import complete_file
 from .peft_format import CONFIG_NAME, WEIGHTS_NAME, from_peft
 from .targets import DeloraConfig
+from .tensor_file import AdapterFileError as AdapterFileError
+from .tensor_file import described, read_tensors
 
 FILE_NAME = "delora_weights.safetensors"
 FORMAT = "delora-1"
-
-
-class AdapterFileError(ValueError):
-    """A file that holds no usable adapter; the message names it, says what was found and what to do."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +86,18 @@ def read_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
     return _read_native(path)
 
 
+def is_native(path: Path) -> bool:
+    """Whether a file is a native adapter that can be read."""
+    try:
+        return read_tensors(path)[1].get("format") == FORMAT
+    except AdapterFileError:
+        return False
+
+
 def _read_native(path: Path) -> Adapter:
-    tensors, header = _read_tensors(path)
+    tensors, header = read_tensors(path)
     if header.get("format") != FORMAT:
-        raise AdapterFileError(f"{path} is no DeLoRA adapter: {_described(tensors)}")
+        raise AdapterFileError(f"{path} is no DeLoRA adapter: {described(tensors, header)}")
     try:
         configs = {c: DeloraConfig.from_dict(values) for c, values in json.loads(header["delora_config"]).items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -124,7 +129,7 @@ def _read_peft(folder: Path) -> Adapter:
             f"{folder} holds pickled weights, which can carry code and are not read; if you trust them, open "
             f"them with PEFT and save_pretrained them again: it writes {WEIGHTS_NAME}"
         )
-    tensors, header = _read_tensors(folder / WEIGHTS_NAME)
+    tensors, header = read_tensors(folder / WEIGHTS_NAME)
     header.pop("format", None)
     component = header.pop("component", "")
     base = {"base_model": str(values.get("base_model_name_or_path") or "")}
@@ -140,29 +145,6 @@ def _joined(parts: Mapping[str, Adapter]) -> Adapter:
     tensors = {component: next(iter(part.tensors.values())) for component, part in parts.items()}
     configs = {component: next(iter(part.configs.values())) for component, part in parts.items()}
     return Adapter(tensors, configs, next(iter(parts.values())).provenance)
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if path.suffix != ".safetensors":
-        raise AdapterFileError(f"{path} is not a .safetensors file; other formats can carry code and are not read")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(
-            f"cannot read {path}: {error}; it is damaged or incomplete, copy or train it again"
-        ) from error
-
-
-def _described(tensors: Mapping[str, Tensor]) -> str:
-    names = list(tensors)
-    if any("delora_" in name for name in names):
-        return "its tensors are DeLoRA's, but the header is missing; for a PEFT file give the folder it came in"
-    if any("hada_" in name or "lokr_" in name for name in names):
-        return "it is a LyCORIS adapter (LoHa or LoKr); load it where that is supported"
-    if any("lora" in name.lower() for name in names):
-        return "it is a LoRA; load it with pipe.load_lora_weights"
-    return f"it holds {len(names)} tensors such as {', '.join(names[:2]) or '(none)'}"
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:

@@ -14,6 +14,7 @@ import torch
 from .adapter_file import FILE_NAME, Adapter
 from .checkpoint import checkpoints
 from .config import ModelConfig, TrainingConfig
+from .lora_names import LORA_FILE_NAME
 from .options import OptionError
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
@@ -119,5 +120,6 @@ def clear_output(training: TrainingConfig) -> None:
 
 def _run_in(out: Path) -> list[Path]:
     """What a run left in a folder."""
-    named = [p for p in (out / FILE_NAME, out / "config.yaml", out / "log.jsonl", out / "previews") if p.exists()]
+    names = (FILE_NAME, LORA_FILE_NAME, "config.yaml", "log.jsonl", "previews")
+    named = [out / name for name in names if (out / name).exists()]
     return [*named, *checkpoints(out)]

@@ -14,6 +14,7 @@ from .adapter_file import FILE_NAME, read_adapter
 from .files import complete_file
 from .inspection import inspect_adapter, relative_update
 from .journal import TITLES
+from .lora_names import LORA_FILE_NAME
 from .peft_format import CONFIG_NAME, WEIGHTS_NAME
 
 #: What lies between is `set_strength`'s.
@@ -21,7 +22,7 @@ _START, _END = "<!-- strength -->", "<!-- end of strength -->"
 CARD_NAME, SHEET_NAME = "README.md", "contact_sheet.png"
 #: What is uploaded of a folder: adapters in any form, the card and what it shows; no checkpoints.
 UPLOADED = (
-    FILE_NAME, "pytorch_lora_weights.safetensors", CARD_NAME, "config.yaml", "log.jsonl", "*.png",
+    FILE_NAME, LORA_FILE_NAME, CARD_NAME, "config.yaml", "log.jsonl", "*.png",
     "best/*", "previews/*.png", CONFIG_NAME, WEIGHTS_NAME, f"*/{CONFIG_NAME}", f"*/{WEIGHTS_NAME}",
 )  # fmt: skip
 

@@ -29,6 +29,7 @@ FREE_OPTIONS = frozenset(
         *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_train_steps"),
         *("output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit"),
         *("resume_from_checkpoint", "lambda_warmup_steps", "report_to", "push_to_hub", "hub_model_id"),
+        *("portable_lora",),
         *("validation_prompt", "validation_steps", "num_validation_images", "validation_guidance_scale"),
         *("validation_num_inference_steps", "validation_negative_prompt", "validation_dino", "validation_clip"),
         *("validation_holdout_dir", "validation_world_prompt", "trigger_token", "keep_best", "patience"),

@@ -1,6 +1,8 @@
 """The `delora` command.
 
     delora sample --adapter my-dog/ --prompts "a sks dog on the beach" --seeds 0 1 2
+    delora export --adapter my-dog/ --format comfyui
+    delora verify --adapter my-dog/ --file my-dog/my-dog_comfyui.safetensors
 
 Under accelerate: `accelerate launch -m delora_diffusion.cli sample ...`.
 """
@@ -16,16 +18,21 @@ from .adapter_file import AdapterFileError, read_adapter
 from .base import BaseModelError, quiet_libraries
 from .benchmark import benchmark
 from .card import push_to_hub
-from .config import DrawingConfig, InspectionConfig, MergingConfig, PushConfig, SamplingConfig
+from .config import DrawingConfig, SamplingConfig
 from .evaluate import evaluate
 from .evaluation_config import BenchmarkConfig, EvaluationConfig, MeasuringConfig
 from .families import FamilyError
+from .file_config import ExportConfig, InspectionConfig, LoraConfig, MergingConfig, PushConfig, VerifyConfig
 from .files import complete_file
 from .inspection import as_json, as_table, inspect_adapter
 from .inspection_plot import plot_inspections
+from .lora_file import beside, export_lora
+from .lora_names import LoraError
 from .merged import merge_into_base
 from .options import OptionError, parse
+from .peft_file import export_peft
 from .sample import sample
+from .verify import verify_lora
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +85,44 @@ def _push(argv: Sequence[str]) -> None:
     log.info("uploaded to %s", push_to_hub(Path(config.folder), config.repo, private=config.private, sheet=sheet))
 
 
+def _export(argv: Sequence[str]) -> None:
+    """write adapters as one LoRA file for diffusers, ComfyUI, A1111 or Forge, or as PEFT's folders"""
+    title = "Write an adapter, or the sum of several, as one LoRA file."
+    made, config = parse(argv, LoraConfig, ExportConfig, prog="delora export", description=title)
+    if config.format == "peft":
+        if len(made.adapter) > 1 or made.weights != [1.0]:
+            raise OptionError("format peft writes one adapter at the strength it was trained; leave weights out")
+        for component, folder in export_peft(made.adapter[0], config.output or f"{made.adapter[0]}_peft").items():
+            log.info("%s: %s", component or "adapter", folder)
+        return
+    report = export_lora(
+        made.adapter, config.output or beside(made.adapter[0], config.format), format=config.format,
+        weights=made.weights[0] if len(made.weights) == 1 else made.weights, rank=config.rank,
+        dtype=config.lora_dtype, component=made.component, architecture=made.architecture, trigger=config.trigger,
+        metadata=config.metadata, allow_partial=config.allow_partial, overwrite=config.overwrite,
+    )  # fmt: skip
+    log.info("%s", report)
+
+
+def _verify(argv: Sequence[str]) -> None:
+    """compare a LoRA file with the adapters it was exported from, layer by layer"""
+    title = "Compare a LoRA file with the adapters it was exported from."
+    made, config = parse(argv, LoraConfig, VerifyConfig, prog="delora verify", description=title)
+    report = verify_lora(
+        config.file, made.adapter, weights=made.weights[0] if len(made.weights) == 1 else made.weights,
+        component=made.component, architecture=made.architecture,
+    )  # fmt: skip
+    log.info("%s", report)
+    if not report.agrees(config.tolerance):
+        raise LoraError(f"{config.file} is not {', '.join(made.adapter)} (tolerance {config.tolerance:g}); see above")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": _sample,
     "evaluate": _evaluate,
     "benchmark": _benchmark,
+    "export": _export,
+    "verify": _verify,
     "merge": _merge,
     "inspect": _inspect,
     "push": _push,

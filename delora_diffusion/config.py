@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .options import OptionError, option
+from .options import OptionError, at_least, option
 from .prompts import UNRELATED_PROMPTS
 from .targets import BIAS_CHOICES, INIT_CHOICES
 
@@ -118,8 +118,8 @@ class DataConfig:
             raise OptionError(
                 "class_prompt does nothing without with_prior_preservation or with_base_preservation; add one of them"
             )
-        _at_least(self, 1, "num_class_images", "num_crops")
-        _at_least(self, 0, "prior_loss_weight", "base_preservation_weight")
+        at_least(self, 1, "num_class_images", "num_crops")
+        at_least(self, 0, "prior_loss_weight", "base_preservation_weight")
         if self.resolution < 8 or self.resolution % 8:
             near = max(8, round(self.resolution / 8) * 8)
             raise OptionError(f"resolution is {self.resolution}; it must be a multiple of 8, e.g. {near}")
@@ -159,15 +159,18 @@ class TrainingConfig:
     report_to: str | None = option(None, "tracker: tensorboard, wandb, ... (accelerate's names)")
     push_to_hub: bool = option(False, "upload the result to the Hub")
     hub_model_id: str | None = option(None, "name of the repository there; unset: the name of output_dir")
+    portable_lora: bool = option(
+        True, "also write the result as a LoRA, so that pipe.load_lora_weights(output_dir) works"
+    )
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
-        _at_least(
+        at_least(self, 1, "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
+        at_least(
             self, 0, "direction_turn", "learning_rate", "lambda_learning_rate", "max_grad_norm", "lr_warmup_steps"
         )
-        _at_least(self, 0, "checkpointing_steps")
+        at_least(self, 0, "checkpointing_steps")
         if self.checkpoints_total_limit is not None:
-            _at_least(self, 1, "checkpoints_total_limit")
+            at_least(self, 1, "checkpoints_total_limit")
         if not 0 <= self.ema_decay < 1:
             raise OptionError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
         if self.snr_gamma is not None and self.snr_gamma <= 0:
@@ -212,7 +215,7 @@ class ValidationConfig:
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "validation_steps", "num_validation_images", "validation_num_inference_steps")
+        at_least(self, 1, "validation_steps", "num_validation_images", "validation_num_inference_steps")
         encoders = [name for name in ("validation_dino", "validation_clip") if getattr(self, name)]
         measuring = [name for name in ("validation_holdout_dir", "patience") if getattr(self, name) is not None]
         measuring += ["keep_best"] if self.keep_best in ("fidelity", "balanced") else []
@@ -225,7 +228,7 @@ class ValidationConfig:
         if needing and not self.validation_prompt:
             raise OptionError(f"{' and '.join(needing)} look at the previews; give validation_prompt, a few prompts")
         if self.patience is not None:
-            _at_least(self, 1, "patience")
+            at_least(self, 1, "patience")
             if self.keep_best == "none":
                 raise OptionError("patience waits for a better adapter; give keep_best fidelity or balanced with it")
         if encoders and self.keep_best != "fidelity" and self.keep_best != "none" and not self.validation_world_prompt:
@@ -255,7 +258,7 @@ class DrawingConfig:
     def __post_init__(self) -> None:
         if not self.seeds or not self.strengths:
             raise OptionError("seeds and strengths need at least one value each")
-        _at_least(self, 1, "num_inference_steps", "batch_size")
+        at_least(self, 1, "num_inference_steps", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -280,66 +283,4 @@ class SamplingConfig:
             raise OptionError(
                 "nothing to draw with; give --adapter, or --pretrained_model_name_or_path for the base alone"
             )
-        _at_least(self, 1, "images_per_prompt")
-
-
-@dataclass(frozen=True)
-class MergingConfig:
-    """Merging adapters into a copy of the base."""
-
-    adapter: list[str] = option([], "adapters to merge: files, folders or Hub ids")
-    weights: list[float] = option([], "strength of each: 1 as trained; none: 1 for all")
-    base: str | None = option(
-        None, "folder or Hub id of the base pipeline; unset: the one the adapters were trained on"
-    )
-    revision: str | None = option(None, "revision of the base on the Hub")
-    variant: str | None = option(None, "variant of the base's weight files, e.g. fp16")
-    output: str = option("", "folder for the merged pipeline; it must not exist yet, or be empty")
-    dtype: str = option("auto", "precision of the merged pipeline; auto: that of the base's files", choices=DTYPES)
-    dequantize: bool = option(
-        False, "let a quantised component be dequantised for good, so that it can be merged into"
-    )
-    check_base: bool = option(True, "refuse an adapter that was trained on another base")
-
-    def __post_init__(self) -> None:
-        if not self.adapter:
-            raise OptionError("nothing to merge; give --adapter")
-        if not self.output:
-            raise OptionError("output is missing; give the folder to write the merged pipeline to")
-        if len(self.weights) not in (0, 1, len(self.adapter)):
-            raise OptionError(
-                f"{len(self.adapter)} adapters but {len(self.weights)} weights; give one for each, or one for all"
-            )
-
-
-@dataclass(frozen=True)
-class InspectionConfig:
-    """Inspecting adapters."""
-
-    adapter: list[str] = option([], "adapters to show, several side by side: files, folders or Hub ids")
-    json: str | None = option(None, "also write every figure to this file")
-    plot: str | None = option(None, "also draw |dW|/|W| by block and kind into this PNG (needs the extra: plots)")
-
-    def __post_init__(self) -> None:
-        if not self.adapter:
-            raise OptionError("nothing to inspect; give --adapter")
-
-
-@dataclass(frozen=True)
-class PushConfig:
-    """Uploading an adapter to the Hub."""
-
-    folder: str = option("", "folder of the adapter, e.g. what training wrote")
-    repo: str | None = option(None, "name of the repository, e.g. you/my_dog; unset: the folder's name")
-    private: bool = option(False, "make a new repository private")
-    contact_sheet: str | None = option(None, "contact sheet of delora sample to show on the model card")
-
-    def __post_init__(self) -> None:
-        if not self.folder:
-            raise OptionError("folder is missing; give the folder of the adapter")
-
-
-def _at_least(config: object, minimum: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < minimum:
-            raise OptionError(f"{name} is {getattr(config, name)}; it must be at least {minimum}")
+        at_least(self, 1, "images_per_prompt")

@@ -19,7 +19,7 @@ renamed, so checkpoints of the base load before or after injection, and any subc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +50,22 @@ def delora_factors(A: Tensor, B: Tensor, scale: Tensor, w: Tensor) -> tuple[Tens
         down (r, in) and up (out, r).
     """
     return A * (w / _row_norms(A)[:, None]), B * (scale / (A.shape[0] * _row_norms(B.T)))
+
+
+def factors_of(tensors: Mapping[str, Tensor], weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """`delora_factors` of one layer's tensors by their names in a file; rank 2r where there is an initial update.
+
+    Args:
+        tensors: `TENSOR_NAMES`, and `INIT_TENSOR_NAMES` for a residual adapter.
+        weight: strength; lambda is multiplied by it.
+    """
+    w = tensors["delora_w_norm"]
+    down, up = delora_factors(tensors["delora_A"], tensors["delora_B"], tensors["delora_lambda"] * weight, w)
+    if "delora_A_init" in tensors:
+        scale = -tensors["delora_lambda_init"] * weight
+        down_0, up_0 = delora_factors(tensors["delora_A_init"], tensors["delora_B_init"], scale, w)
+        down, up = torch.cat([down, down_0]), torch.cat([up, up_0], dim=1)
+    return down, up
 
 
 def _row_norms(matrix: Tensor) -> Tensor:
@@ -186,14 +202,7 @@ class DeloraAdapter(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(down, up) with dW = up @ down at the current weight; rank 2r for a residual adapter."""
-        down, up = delora_factors(
-            self.delora_A, self.delora_B, self.delora_lambda * self.delora_weight, self.delora_w_norm
-        )
-        if self.is_residual:
-            scale = -self.delora_lambda_init * self.delora_weight
-            down_0, up_0 = delora_factors(self.delora_A_init, self.delora_B_init, scale, self.delora_w_norm)
-            down, up = torch.cat([down, down_0]), torch.cat([up, up_0], dim=1)
-        return down, up
+        return factors_of(self.tensors(), self.delora_weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds of this adapter, by PEFT's names."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .block_weights import Weight, layer_weights, one_each
 from .delora import DeloraAdapter, DeloraLayer, add_update, base_weight
 from .targets import DeloraConfig, target_linears, within
 
@@ -146,35 +147,44 @@ def remove_delora(module: nn.Module, adapter_name: str | None = None) -> None:
 # ---- which adapters act --------------------------------------------------------------------------
 
 
-def set_delora_adapters(module: nn.Module, names: str | Sequence[str], weights: float | Sequence[float] = 1.0) -> None:
+def set_delora_adapters(
+    module: nn.Module, names: str | Sequence[str], weights: Weight | Sequence[Weight] = 1.0
+) -> None:
     """Make exactly these adapters active, each with its weight (its lambda times `weight` is its strength).
 
+    A weight is a number, or numbers by block or path (see `block_weights`). Weights are tensors: nothing is loaded or
+    compiled again when they change.
+
     Raises:
-        ValueError: an unknown name, a number of weights that is not the number of names, or a merged adapter at
-            another weight than it was merged with (merged ones stay merged, active or not).
+        ValueError: an unknown name or block, a number of weights that is not the number of names, or a merged adapter
+            at another weight than it was merged with (merged ones stay merged, active or not).
     """
-    record = record_of(module)
     names = [names] if isinstance(names, str) else list(names)
-    values = [float(weights)] * len(names) if isinstance(weights, (int, float)) else [float(w) for w in weights]
-    if len(values) != len(names):
-        raise ValueError(f"{len(names)} adapters but {len(values)} weights; give one weight, or one for each adapter")
-    for name in names:
-        known_adapter(record, name)
-    for name, value in zip(names, values, strict=True):
-        if names.count(name) > 1:
-            raise ValueError(f"adapter {name!r} is named twice; give it one weight")
-        if not math.isfinite(value):
-            raise ValueError(f"weight of {name!r} is {value}; it must be finite")
-    for _, layer in adapted_layers(module):
-        for name, value in zip(names, values, strict=True):
-            if name in layer.merged and layer.merged[name] != value:
-                raise ValueError(f"adapter {name!r} is merged at weight {layer.merged[name]:g}; unmerge_delora first")
-    _swap_in(module, record, names)
-    for _, layer in adapted_layers(module):
+    chosen = planned_weights(module, names, weights)
+    _swap_in(module, record_of(module), names)
+    for path, linear in delora_layers(module).items():
+        layer = layer_of(linear)
         layer.active = tuple(name for name in names if name in layer.adapters)
-        for name, value in zip(names, values, strict=True):
-            if name in layer.adapters:
-                layer[name].delora_weight.fill_(value)
+        for name in layer.active:
+            layer[name].delora_weight.fill_(chosen[name][path])
+
+
+def planned_weights(
+    module: nn.Module, names: Sequence[str], weights: Weight | Sequence[Weight]
+) -> dict[str, dict[str, float]]:
+    """adapter -> layer -> weight, as `set_delora_adapters` sets them; raises what it raises, and changes nothing."""
+    layers = {path: layer_of(linear) for path, linear in delora_layers(module).items()}
+    chosen = {}
+    for name, value in one_each(names, weights).items():
+        known_adapter(record_of(module), name)
+        chosen[name] = layer_weights(value, module, [path for path, layer in layers.items() if name in layer.adapters])
+        for path, strength in chosen[name].items():
+            if not math.isfinite(strength):
+                raise ValueError(f"weight of {name!r} is {strength}; it must be finite")
+            merged = layers[path].merged.get(name, strength)
+            if merged != strength:
+                raise ValueError(f"adapter {name!r} is merged at weight {merged:g}; unmerge_delora first")
+    return chosen
 
 
 def active_delora_adapters(module: nn.Module) -> list[str]:

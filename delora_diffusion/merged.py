@@ -22,7 +22,7 @@ from torch import nn
 
 from .adapter_file import read_adapter
 from .base import DTYPE, as_base_error, base_of
-from .config import MergingConfig
+from .file_config import MergingConfig
 from .files import complete_folder
 from .inject import delora_names
 from .merge import MergeReport, merge_delora

@@ -269,3 +269,14 @@ def _scalar(kinds: set[type], value: Any, name: str, source: str) -> Any:
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     expected = " or ".join(sorted(words[kind] for kind in kinds))
     raise OptionError(f"{source}{name} is {value!r}; it must be {expected}")
+
+
+def at_least(config: object, minimum: int, *names: str) -> None:
+    """Refuse fields below `minimum`.
+
+    Raises:
+        OptionError: the first of `names` whose value is smaller.
+    """
+    for name in names:
+        if getattr(config, name) < minimum:
+            raise OptionError(f"{name} is {getattr(config, name)}; it must be at least {minimum}")

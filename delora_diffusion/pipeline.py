@@ -11,8 +11,9 @@ is made from the same components.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,31 @@ from torch import nn
 
 from . import inject, merge
 from .adapter_file import Adapter, read_adapter, write_adapter
+from .block_weights import Weight, component_weight, one_each
 from .delora import DeloraLayer
 from .families import family_of
 from .matching import assign
-from .state import delora_state_dict, load_delora_state_dict
+from .state import StateReport, delora_state_dict, load_delora_state_dict
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded: the adapter's name, and how many layers of each component it adapts."""
+    """What was loaded: the adapter's name, how many layers of each component it adapts, how many parameters it brings
+    that were trained in full, and how far the base's column norms are from those it was trained on (see
+    `state.StateReport`; None if not compared)."""
 
     adapter_name: str
     layers: dict[str, int]
+    in_full: dict[str, int] = field(default_factory=dict)
+    base_off: float | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{number} layers of {component}" for component, number in self.layers.items()]
+        parts += [f"{number} parameters of {component} in full" for component, number in self.in_full.items()]
+        base = "not compared" if self.base_off is None else f"within {self.base_off:.2%} of the one it was trained on"
+        return f"adapter {self.adapter_name!r}: {', '.join(parts)}; base {base}"
 
 
 def load_delora_weights(
@@ -52,6 +66,9 @@ def load_delora_weights(
         component: what a PEFT folder is for ("unet", "text_encoder"); found by its layers if None.
         check_base: refuse an adapter that was trained on another base.
 
+    Returns:
+        What matched; it is logged as well.
+
     Raises:
         AdapterFileError: no adapter there, or one for components that the pipeline lacks.
         ValueError: tensors that do not fit, or another base. The pipeline is as it was before the call.
@@ -69,12 +86,12 @@ def load_delora_weights(
         )
     acting = {layer: layer.active for module in _adapted(pipe).values() for _, layer in inject.adapted_layers(module)}
     enabled = all(layer.enabled for layer in acting)
-    done: dict[str, int] = {}
+    done: dict[str, StateReport] = {}
     try:
         for component, (config, tensors) in parts.items():
-            module = getattr(pipe, component)
-            done[component] = len(inject.inject_delora(module, config, adapter_name))
-            load_delora_state_dict(module, tensors, adapter_name, check_base=check_base)
+            module = unwrapped(getattr(pipe, component))
+            inject.inject_delora(module, config, adapter_name)
+            done[component] = load_delora_state_dict(module, tensors, adapter_name, check_base=check_base)
             module.requires_grad_(False)
     except BaseException as error:
         _take_back(pipe, adapter_name, acting, enabled)
@@ -86,7 +103,13 @@ def load_delora_weights(
             inject.set_delora_adapters(module, [])
     if not enabled:
         disable_delora(pipe)  # the layers that are adapted for the first time as well
-    return LoadReport(adapter_name, done)
+    compared = [part.base_off for part in done.values() if part.base_off is not None]
+    report = LoadReport(
+        adapter_name, {c: part.layers for c, part in done.items()},
+        {c: part.in_full for c, part in done.items() if part.in_full}, max(compared, default=None),
+    )  # fmt: skip
+    log.info("%s", report)
+    return report
 
 
 def _take_back(pipe: Any, adapter_name: str, acting: Mapping[DeloraLayer, tuple[str, ...]], enabled: bool) -> None:
@@ -161,20 +184,28 @@ def live_modules(source: Any) -> Mapping[str, nn.Module]:
     return source if isinstance(source, Mapping) else components(source)
 
 
-def set_adapters(pipe: Any, names: str | Sequence[str], weights: float | Sequence[float] = 1.0) -> None:
+def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequence[Weight] = 1.0) -> None:
     """Make exactly these adapters active, each at its strength: 1 as trained, 0 the base.
 
+    A strength is a number, or a dictionary as in diffusers: by component, and by block of a UNet, e.g.
+    `{"text_encoder": 0.5, "unet": {"down": 0.8, "up": {"block_1": [0.2, 0.5, 1.0]}}}`; what it does not name stays 1.
+    Changing strengths loads nothing, and compiles nothing again.
+
     Raises:
-        ValueError: an unknown name, a wrong number of weights, or fused adapters.
+        ValueError: an unknown name, component or block, a wrong number of weights, or fused adapters. Nothing is
+            changed then.
     """
     names = [names] if isinstance(names, str) else list(names)
-    values = [float(weights)] * len(names) if isinstance(weights, (int, float)) else [float(w) for w in weights]
     _check_known(pipe, names)
-    if len(values) != len(names):
-        raise ValueError(f"{len(names)} adapters but {len(values)} weights; give one weight, or one for each adapter")
-    for module in _adapted(pipe).values():
-        here = [(name, value) for name, value in zip(names, values, strict=True) if name in _names(module)]
-        inject.set_delora_adapters(module, [name for name, _ in here], [value for _, value in here])
+    wanted, adapted, known = one_each(names, weights), _adapted(pipe), list(components(pipe))
+    plan = {
+        component: {n: component_weight(v, component, known) for n, v in wanted.items() if n in _names(module)}
+        for component, module in adapted.items()
+    }
+    for component, module in adapted.items():
+        inject.planned_weights(module, list(plan[component]), list(plan[component].values()))
+    for component, module in adapted.items():
+        inject.set_delora_adapters(module, list(plan[component]), list(plan[component].values()))
 
 
 def get_active_adapters(pipe: Any) -> list[str]:
@@ -277,7 +308,13 @@ def load_pipeline(
 def components(pipe: Any) -> dict[str, nn.Module]:
     """The components of a pipeline that can carry an adapter, by name."""
     found = {name: getattr(pipe, name, None) for name in family_of(pipe).components()}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    return {name: unwrapped(module) for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, where `torch.compile(module)` has put a wrapper around it that renames its layers."""
+    inner = getattr(module, "_orig_mod", module)
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def _adapted(pipe: Any) -> dict[str, nn.Module]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .delora import DeloraAdapter, delora_factors
+from .delora import DeloraAdapter, factors_of
 
 Factors = tuple[Tensor, Tensor]
 
@@ -27,14 +27,7 @@ def file_factors(tensors: Mapping[str, Tensor]) -> Factors:
     Returns:
         down (k, in) and up (out, k), fp32, k = r or 2r.
     """
-    named = {name: tensor.float() for name, tensor in tensors.items()}
-    w = named["delora_w_norm"]
-    down, up = delora_factors(named["delora_A"], named["delora_B"], named["delora_lambda"], w)
-    if "delora_A_init" in named:
-        scale = -named["delora_lambda_init"]
-        down_0, up_0 = delora_factors(named["delora_A_init"], named["delora_B_init"], scale, w)
-        down, up = torch.cat([down, down_0]), torch.cat([up, up_0], dim=1)
-    return down, up
+    return factors_of({name: tensor.float() for name, tensor in tensors.items()})
 
 
 def update_norm(down: Tensor, up: Tensor) -> Tensor:

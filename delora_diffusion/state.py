@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from .delora import NORM_FLOOR, base_weight
 from .inject import delora_adapters, delora_layers, record_of
 from .spectrum import relative_update
+
+#: Half-precision bases shift a column norm by less than this; another fine-tune of the same model by far more.
+BASE_TOLERANCE = 5e-3
 
 
 def delora_state_dict(
@@ -27,10 +32,20 @@ def delora_state_dict(
     return tensors | {name: p.detach() for name, p in record_of(module).trained_in_full[adapter_name].items()}
 
 
+@dataclass(frozen=True)
+class StateReport:
+    """What was filled: adapted layers, parameters trained in full, and how far the base's column norms are from those
+    that the adapter was trained on (the largest relative difference of a layer; None if not compared)."""
+
+    layers: int
+    in_full: int
+    base_off: float | None
+
+
 @torch.no_grad()
 def load_delora_state_dict(
     module: nn.Module, tensors: dict[str, Tensor], adapter_name: str = "default", *, check_base: bool = True
-) -> None:
+) -> StateReport:
     """Fill an injected adapter from `delora_state_dict`'s tensors. Nothing is changed unless everything fits.
 
     Args:
@@ -50,25 +65,29 @@ def load_delora_state_dict(
     ]  # fmt: skip
     if any(problems):
         raise ValueError(f"adapter does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}")
-    if check_base:
-        _check_base(module, own, tensors)
+    off = _check_base(module, own, tensors) if check_base else None
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
+    layers = delora_adapters(module, adapter_name)
+    return StateReport(len(layers), len(record_of(module).trained_in_full[adapter_name]), off)
 
 
-def _check_base(module: nn.Module, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Half-precision bases shift a column norm by less than 0.5 %; another fine-tune of the same model by far more."""
+def _check_base(module: nn.Module, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> float | None:
+    """The largest difference of a layer's column norms, or an error where it is that of another base."""
     layers = delora_layers(module)
+    largest = None
     for name in (n for n in own if n.endswith(".delora_w_norm") and not own[n].is_meta):
         here = torch.linalg.vector_norm(base_weight(layers[name.removesuffix(".delora_w_norm")]), dim=0)
         there = tensors[name].to(here)
         off = float(torch.linalg.vector_norm(there - here) / torch.linalg.vector_norm(here).clamp(min=NORM_FLOOR))
-        if off > 5e-3:
+        largest = max(off, largest or 0.0)
+        if off > BASE_TOLERANCE:
             raise ValueError(
                 f"adapter was trained on another base than this {type(module).__name__}: the column norms of "
                 f"{name.removesuffix('.delora_w_norm')} differ by {off:.1%}; load the base it was trained on, or pass "
                 f"check_base=False to apply it all the same"
             )
+    return largest
 
 
 def _listed(what: str, names: list[str]) -> str:

@@ -295,18 +295,36 @@ KOHYA = LAYER.replace(".", "_")
 @pytest.mark.parametrize(
     "names, said",
     [
-        ([f"unet.{LAYER}.lora_A.weight", f"unet.{LAYER}.lora_B.weight"], "it is a LoRA; load it with pipe.load_lora"),
-        ([f"lora_unet_{KOHYA}.lora_down.weight", f"lora_unet_{KOHYA}.alpha"], "it is a LoRA"),
-        ([f"unet.{LAYER.replace('to_q', 'processor.to_q_lora')}.down.weight"], "it is a LoRA"),
-        ([f"lora_unet_{KOHYA}.hada_w1_a", f"lora_unet_{KOHYA}.hada_w2_a"], "it is a LyCORIS adapter (LoHa or LoKr)"),
-        ([f"lora_unet_{KOHYA}.lokr_w1"], "it is a LyCORIS adapter"),
+        (
+            [f"unet.{LAYER}.lora_A.weight", f"unet.{LAYER}.lora_B.weight"],
+            "it is a LoRA in diffusers' names; pipe.load_lora",
+        ),
+        (
+            [f"lora_unet_{KOHYA}.lora_down.weight", f"lora_unet_{KOHYA}.alpha"],
+            "it is a LoRA in kohya's names; ComfyUI, A1",
+        ),
+        ([f"unet.{LAYER.replace('to_q', 'processor.to_q_lora')}.down.weight"], "it is a LoRA in diffusers' names"),
+        (
+            [f"base_model.model.{LAYER}.lora_A.weight"],
+            "it is a PEFT adapter; PeftModel.from_pretrained opens the folder",
+        ),
+        (
+            [f"lora_unet_{KOHYA}.lora_down.weight", f"lora_unet_{KOHYA}.dora_scale"],
+            "it is a DoRA; ComfyUI, A1111 and PEFT",
+        ),
+        ([f"lora_unet_{KOHYA}.hada_w1_a", f"lora_unet_{KOHYA}.hada_w2_a"], "it is a LoHa (LyCORIS); ComfyUI, A1111"),
+        ([f"lora_unet_{KOHYA}.lokr_w1"], "it is a LoKr (LyCORIS)"),
+        (
+            ["model.diffusion_model.input_blocks.0.0.weight"],
+            "it is a whole model; StableDiffusionPipeline.from_single_",
+        ),
         (
             ["conv_in.weight", "conv_in.bias", "conv_out.bias"],
             "it holds 3 tensors such as conv_in.bias, conv_in.weight",
         ),
         ([], "it holds 0 tensors such as (none)"),
     ],
-    ids=["lora", "kohya", "old diffusers", "loha", "lokr", "a model", "nothing"],
+    ids=["lora", "kohya", "old diffusers", "peft", "dora", "loha", "lokr", "single file", "a model", "nothing"],
 )
 def test_a_file_of_another_method_is_told_apart(names: list[str], said: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
@@ -320,10 +338,54 @@ def test_a_pickle_is_never_opened(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     message = refusal(path)
-    assert f"{path} is not a .safetensors file; other formats can carry code" in message
+    assert f"{path} is not a .safetensors file; other formats can carry code" in message and "convert it" in message
     assert not (tmp_path / "sprung").exists()
     pickle.loads(path.read_bytes())
     assert (tmp_path / "sprung").exists(), "the trap works"
+
+
+def test_a_pickle_by_another_name_is_not_opened(tmp_path: Path) -> None:
+    for name, data in (("a", pickle.dumps(Trap(tmp_path / "sprung"))), ("b", b"PK\x03\x04" + bytes(range(200)))):
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(data)
+        assert "it is a pickle with another name" in refusal(path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def with_header(
+    path: Path, header: dict[str, Any] | bytes, *, data: bytes = bytes(16), length: int | None = None
+) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+
+
+def test_a_header_of_over_100_mb_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with_header(path, b"{}", length=100_000_001)
+    assert "its header is said to take 100,000,001 bytes, and 100,000,000 are allowed" in refusal(path)
+
+
+@pytest.mark.parametrize("offsets", [[0, 32], [8, 16], [16, 32], [8, 0], [-8, 8]], ids=str)
+def test_offsets_out_of_range_are_refused(offsets: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with_header(path, {"unet.a.delora_A": {"dtype": "F32", "shape": [4], "data_offsets": offsets}})
+    assert f"cannot read {path}" in refusal(path) and "damaged or incomplete" in refusal(path)
+    with_header(path, {"unet.a.delora_A": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}})
+    assert "the header is missing" in refusal(path), "the same with offsets in range is read"
+
+
+def test_a_git_lfs_pointer_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    assert "git lfs pull" in refusal(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_are_refused_when_read(value: float, pipe: Any, tmp_path: Path) -> None:
+    adapter = adapter_of(pipe)
+    name = next(name for name in adapter.tensors["unet"] if name.endswith("delora_A"))
+    adapter.tensors["unet"][name] = torch.full_like(adapter.tensors["unet"][name], value)
+    message = refusal(write_adapter(tmp_path, adapter))
+    assert f"1 tensors that are not finite (unet.{name})" in message
 
 
 class Trap:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from delora_diffusion import DeloraConfig, inject_delora, load_delora_weights, save_delora_weights, set_adapters
 from delora_diffusion.cli import main
-from delora_diffusion.config import MergingConfig
+from delora_diffusion.file_config import MergingConfig
 from delora_diffusion.inject import delora_adapters
 from delora_diffusion.merged import QuantizedBaseError, merge_into_base, stored_dtypes
 from delora_diffusion.options import OptionError

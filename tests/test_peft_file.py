@@ -27,6 +27,7 @@ from delora_diffusion import (
     save_delora_weights,
     set_delora_adapters,
 )
+from delora_diffusion.cli import main
 from delora_diffusion.inject import delora_adapters, delora_config
 from delora_diffusion.matching import assign
 from delora_diffusion.peft_format import PeftFormatError
@@ -248,6 +249,18 @@ def test_a_native_file_exports_as_the_live_pipeline_does(both: Any, tmp_path: Pa
     values = json.loads((file["unet"] / "adapter_config.json").read_text())
     assert values["base_model_name_or_path"] == "some/base"
     assert read_adapter(tmp_path / "file").provenance["base_model"] == "some/base"
+
+
+def test_the_export_command_writes_a_folder_for_each_component(
+    both: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = save_delora_weights(tmp_path / "native", both)
+    assert main(["export", f"--adapter={file}", "--format=peft", f"--output={tmp_path / 'out'}"]) == 0
+    written, native = read_adapter(tmp_path / "out").tensors, read_adapter(file).tensors
+    assert written.keys() == native.keys()
+    assert all(torch.equal(native[c][name], t) for c, named in written.items() for name, t in named.items())
+    assert main(["export", f"--adapter={file}", "--format=peft", "--weights=0.5"]) == 1
+    assert "leave weights out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("told", [None, "text_encoder"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,21 @@ def test_the_report_names_the_adapter_and_counts_the_layers_of_each_component(pi
     assert (
         report.layers == {name: len(layers) for name, layers in attention.items()} and min(report.layers.values()) > 4
     )
+
+
+def test_the_report_tells_how_well_the_base_fits_and_what_was_trained_in_full(
+    pipe: Any, own: Any, trained: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "delora_diffusion")
+    biases = sum(name.endswith("bias") for name, _ in pipe.unet.named_parameters())
+    report = load_delora_weights(pipe, adapter_for(pipe, "unet", bias="all"))
+    assert report.base_off == 0.0 and report.in_full == {"unet": biases}
+    assert "32 layers of unet" in str(report) and "base within 0.00%" in str(report) and str(report) in caplog.text
+    cast(own, torch.bfloat16)
+    near = load_delora_weights(own, trained("unet"))
+    assert near.base_off is not None and 0 < near.base_off < 5e-3 and near.in_full == {}
+    unchecked = load_delora_weights(own, trained("unet"), "again", check_base=False)
+    assert unchecked.base_off is None and "base not compared" in str(unchecked)
 
 
 def test_a_loaded_adapter_is_frozen_and_needs_no_gradient(pipe: Any, trained: Trained) -> None:

@@ -21,11 +21,11 @@ from delora_diffusion.config import (
     DataConfig,
     DrawingConfig,
     ModelConfig,
-    PushConfig,
     TrainingConfig,
     ValidationConfig,
 )
 from delora_diffusion.evaluation_config import EvaluationConfig, MeasuringConfig
+from delora_diffusion.file_config import ExportConfig, LoraConfig, PushConfig
 from delora_diffusion.options import build, parse, read_yaml, to_table
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +62,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_first_command_trains_the_pocket_subject(trained: Path) -> None:
     out = trained / "runs" / "spotted_dog"
     pictures = {"before_after.png", "training.png", "strength_sheet.png"}
-    assert {p.name for p in out.iterdir()} >= {"delora_weights.safetensors", "config.yaml", "best"} | pictures
+    files = {"delora_weights.safetensors", "pytorch_lora_weights.safetensors", "config.yaml", "best"}
+    assert {p.name for p in out.iterdir()} >= files | pictures
 
 
 def test_the_python_code_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +121,16 @@ def test_merging_and_inspecting_run(trained: Path, monkeypatch: pytest.MonkeyPat
     assert parse(shlex.split(command)[2:], PushConfig, prog="delora push", description="")
 
 
+def test_the_export_and_verify_commands_run(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    for command in (*commands("delora export"), *commands("delora verify")):
+        assert delora(shlex.split(command)[1:]) == 0
+    said = capsys.readouterr().err
+    assert "diffusers 56/56; ComfyUI, Forge 56/56; A1111 56/56" in said
+
+
 def test_the_yaml_for_own_photos_is_valid(tmp_path: Path) -> None:
     text, watching = blocks("yaml")
     (tmp_path / "my_dog.yaml").write_text(text)
@@ -141,7 +152,8 @@ def test_sample_configs_are_valid_and_their_folders_exist(config: Path) -> None:
 
 def test_mentioned_options_and_linked_files_exist() -> None:
     text = README.read_text(encoding="utf-8").partition(START)[0]
-    known = set(re.findall(r"`--(\w+)`", to_table(*GROUPS, EvaluationConfig, MeasuringConfig, DrawingConfig)))
+    groups = (*GROUPS, EvaluationConfig, MeasuringConfig, DrawingConfig, LoraConfig, ExportConfig)
+    known = set(re.findall(r"`--(\w+)`", to_table(*groups))) | {"no-metadata"}
     used = set(re.findall(r"--([a-z_]{4,})", "\n".join(re.findall(r"`(--[^`]*)`", text))))
     assert used and used <= known
     for link in re.findall(r"\]\(([^)h#][^)]*)\)", text):

@@ -13,14 +13,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from delora_diffusion import read_adapter
+from delora_diffusion import load_delora_weights, read_adapter, verify_lora
 from delora_diffusion.adapter_file import FILE_NAME
+from delora_diffusion.lora_names import LORA_FILE_NAME
 from delora_diffusion.optimizer import ema_update
 from delora_diffusion.train import ramp_weight
 
@@ -247,13 +251,42 @@ def test_optimizer_state_and_average_take_part(run: Run) -> None:
 def test_output_folder_holds_everything(run: Run, base: Path, tmp_path: Path) -> None:
     out = run("out", "--validation_prompt", "a sks dog", "a cat", "--validation_steps=4", "--num_validation_images=2",
               "--checkpointing_steps=2", "--checkpoints_total_limit=2")  # fmt: skip
-    files = {FILE_NAME, "README.md", "before_after.png", "config.yaml", "log.jsonl", "training.png"}
+    files = {FILE_NAME, LORA_FILE_NAME, "README.md", "before_after.png", "config.yaml", "log.jsonl", "training.png"}
     assert {p.name for p in out.iterdir()} == files | {"checkpoint-4", "checkpoint-6", "previews"}
     assert sorted(p.name for p in (out / "previews").glob("*.png")) == [f"step_00000{n}.png" for n in (0, 4, 6)]
     assert read_adapter(out).provenance["base_model"] == str(base)
     AcceleratorState._reset_state(True)
     assert load_script().main(["--config", str(out / "config.yaml"), f"--output_dir={tmp_path / 'again'}"]) == 0
     assert same(tensors(out), tensors(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("extra", [(), ("--train_text_encoder", "--init_weights=residual")], ids=["unet", "both"])
+def test_the_output_folder_opens_in_plain_diffusers(extra: tuple[str, ...], run: Run, base: Path) -> None:
+    out = run("out", "--delora_lambda=20", "--learning_rate=1e-2", *extra)
+    images = []
+    for kind in ("base", "native", "lora"):
+        pipe = StableDiffusionPipeline.from_pretrained(base)
+        if kind == "native":
+            load_delora_weights(pipe, out)
+        elif kind == "lora":
+            pipe.load_lora_weights(str(out))
+        noise = torch.Generator().manual_seed(1)
+        images.append(pipe("a sks dog", num_inference_steps=2, generator=noise, output_type="np").images[0])
+    untouched, native, lora = images
+    assert np.abs(native - lora).max() < 1e-5 and np.abs(native - untouched).max() > 1e-4
+    assert verify_lora(out, out).agrees(1e-6)
+    with safe_open(out / LORA_FILE_NAME, framework="pt") as file:
+        header = file.metadata()
+    assert header["modelspec.trigger_phrase"] == "a sks dog" and header["delora.base_model"] == str(base)
+    assert header["modelspec.resolution"] == "16x16" and header["delora.base_fingerprint"]
+
+
+def test_no_lora_is_left_where_none_is_wanted_or_possible(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (run("out") / LORA_FILE_NAME).is_file()
+    assert not (run("out", "--no-portable_lora", "--overwrite_output_dir") / LORA_FILE_NAME).exists()
+    out = run("other", "--bias=delora_only")
+    assert (out / FILE_NAME).is_file() and not (out / LORA_FILE_NAME).exists()
+    assert "no LoRA is written beside the adapter: a LoRA cannot hold" in capsys.readouterr().err
 
 
 def test_missing_class_images_are_drawn_once(run: Run, tmp_path: Path) -> None:

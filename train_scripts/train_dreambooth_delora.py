@@ -31,6 +31,8 @@ from delora_diffusion.encoders import EncoderError
 from delora_diffusion.families import FamilyError, family_of
 from delora_diffusion.inject import delora_disabled, inject_delora
 from delora_diffusion.journal import Look, figures_by_step, read_log
+from delora_diffusion.lora_file import export_lora
+from delora_diffusion.lora_names import LoraError
 from delora_diffusion.objective import ObjectiveError, objective_of
 from delora_diffusion.options import OptionError, parse, to_yaml
 from delora_diffusion.pipeline import save_delora_weights
@@ -149,7 +151,9 @@ def run(
             as_base.enter_context(delora_disabled(module))
         base_pictures = world_pictures()
     provenance = {"base_model": model.pretrained_model_name_or_path, "base_fingerprint": base_identity,
-                  "family": family.name, "seed": str(seed), "instance_prompt": data.instance_prompt or ""}  # fmt: skip
+                  "family": family.name, "seed": str(seed), "instance_prompt": data.instance_prompt or "",
+                  "resolution": str(data.resolution), "pipeline": type(pipe).__name__,
+                  "prediction_type": str(pipe.scheduler.config.get("prediction_type", ""))}  # fmt: skip
     watch = Watch(
         gauge, validation.validation_prompt, base_pictures, out, protocol_of(gauge, validation),
         validation.keep_best or "balanced", validation.patience,
@@ -187,6 +191,11 @@ def run(
     if main:
         (out / "config.yaml").write_text(settings_file, encoding="utf-8")
         saved = save_delora_weights(out, modules, provenance=provenance | {"steps": str(steps)})
+        if training.portable_lora:
+            try:
+                log.info("as a LoRA: %s", export_lora(saved, out, overwrite=True))
+            except LoraError as error:
+                log.warning("no LoRA is written beside the adapter: %s", error)
         log.info("adapter: %s", saved)
         text = ""
         if validation.strength_sheet:

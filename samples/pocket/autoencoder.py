@@ -1,6 +1,6 @@
 """The pocket autoencoder: 64 x 64 px pictures <-> 8 x 8 latents of 16 channels (an `AutoencoderKL`).
 
-    python samples/pocket/autoencoder.py --work WORK      # trains, then writes WORK/vae
+python samples/pocket/autoencoder.py --work WORK      # trains, then writes WORK/vae
 """
 
 from __future__ import annotations

@@ -34,8 +34,11 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     """Untrained, 1.9 M parameters; patches of 8 x 8 px."""
     tower = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_attention_heads": 4}
     text = tower | {
-        "num_hidden_layers": 4, "vocab_size": len(tokenizer), "max_position_embeddings": LENGTH,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "num_hidden_layers": 4,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision = tower | {"num_hidden_layers": 6, "image_size": 64, "patch_size": 8}

@@ -137,8 +137,14 @@ def cobblestone(canvas: Image.Image, rng: np.random.Generator) -> None:
     for k in range(rows + 1):
         for x in np.arange(-0.2 + shift + 0.1 * (k % 2), 1.1, 0.2):
             y, grey = k / rows - 0.05, rng.integers(-18, 19)
-            brush.box(x + 0.01, y + 0.01, x + 0.19, y + 1 / rows - 0.01,
-                      fill=vary((150 + grey, 144 + grey, 138 + grey), rng, by=4), radius=0.04)
+            brush.box(
+                x + 0.01,
+                y + 0.01,
+                x + 0.19,
+                y + 1 / rows - 0.01,
+                fill=vary((150 + grey, 144 + grey, 138 + grey), rng, by=4),
+                radius=0.04,
+            )
 
 
 def under_water(canvas: Image.Image, rng: np.random.Generator) -> None:
@@ -172,8 +178,13 @@ def mountain(canvas: Image.Image, rng: np.random.Generator) -> None:
         slope = w / (base - top)
         brush.polygon((x, top), (x - w, base), (x + w, base), fill=vary((112, 112, 132), rng))
         cap = 0.14
-        brush.polygon((x, top), (x - slope * cap, top + cap), (x, top + cap * 0.75), (x + slope * cap, top + cap),
-                      fill=(248, 250, 255))
+        brush.polygon(
+            (x, top),
+            (x - slope * cap, top + cap),
+            (x, top + cap * 0.75),
+            (x + slope * cap, top + cap),
+            fill=(248, 250, 255),
+        )
     hills(brush, rng, base=base, height=0.02, fill=vary((100, 165, 80), rng))
 
 
@@ -235,9 +246,19 @@ def autumn_forest(canvas: Image.Image, rng: np.random.Generator) -> None:
 def eiffel_tower(canvas: Image.Image, rng: np.random.Generator) -> None:
     brush, x, base, iron = Brush(canvas), rng.uniform(0.2, 0.8), rng.uniform(0.72, 0.78), (120, 85, 65)
     gradient(canvas, vary((170, 190, 235), rng), vary((245, 225, 235), rng), end=base + 0.01)
-    brush.polygon((x - 0.01, 0.02), (x + 0.01, 0.02), (x + 0.06, 0.42), (x + 0.2, base), (x + 0.11, base),
-                  (x + 0.05, base - 0.12), (x - 0.05, base - 0.12), (x - 0.11, base), (x - 0.2, base),
-                  (x - 0.06, 0.42), fill=iron)
+    brush.polygon(
+        (x - 0.01, 0.02),
+        (x + 0.01, 0.02),
+        (x + 0.06, 0.42),
+        (x + 0.2, base),
+        (x + 0.11, base),
+        (x + 0.05, base - 0.12),
+        (x - 0.05, base - 0.12),
+        (x - 0.11, base),
+        (x - 0.2, base),
+        (x - 0.06, 0.42),
+        fill=iron,
+    )
     brush.box(x - 0.08, 0.4, x + 0.08, 0.44, fill=(95, 65, 50))
     brush.box(x - 0.13, 0.56, x + 0.13, 0.6, fill=(95, 65, 50))
     brush.box(0, base, 1, 1, fill=vary((135, 175, 95), rng))
@@ -254,12 +275,25 @@ def plain(colour: Colour) -> Painter:
 
 
 PLACES: dict[str, Painter] = {
-    "on the beach": beach, "in the snow": snow, "on a wooden floor": wooden_floor,
-    "with a city in the background": city, "in the jungle": jungle, "on the moon": moon,
-    "on a cobblestone street": cobblestone, "under water": under_water, "in the desert": desert,
-    "with a mountain in the background": mountain, "on green grass": grass, "in front of a brick wall": brick_wall,
-    "on a pink rug": rug, "on a checkered floor": checkered_floor, "at sunset": sunset,
-    "in an autumn forest": autumn_forest, "with the Eiffel Tower in the background": eiffel_tower,
-    "on a red background": plain((215, 45, 45)), "on a blue background": plain((50, 95, 215)),
-    "on a yellow background": plain((250, 215, 65)), "on a white background": plain((243, 243, 243)),
+    "on the beach": beach,
+    "in the snow": snow,
+    "on a wooden floor": wooden_floor,
+    "with a city in the background": city,
+    "in the jungle": jungle,
+    "on the moon": moon,
+    "on a cobblestone street": cobblestone,
+    "under water": under_water,
+    "in the desert": desert,
+    "with a mountain in the background": mountain,
+    "on green grass": grass,
+    "in front of a brick wall": brick_wall,
+    "on a pink rug": rug,
+    "on a checkered floor": checkered_floor,
+    "at sunset": sunset,
+    "in an autumn forest": autumn_forest,
+    "with the Eiffel Tower in the background": eiffel_tower,
+    "on a red background": plain((215, 45, 45)),
+    "on a blue background": plain((50, 95, 215)),
+    "on a yellow background": plain((250, 215, 65)),
+    "on a white background": plain((243, 243, 243)),
 }

@@ -35,8 +35,12 @@ def train_tokenizer() -> CLIPTokenizer:
     words = Counter(" ".join(sentences).replace("{}", "").split() * 20 + OTHER_WORDS.split() * 5)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[BEGIN, END], initial_alphabet=alphabet,
-        end_of_word_suffix="</w>", min_frequency=5, show_progress=False,
+        vocab_size=VOCABULARY,
+        special_tokens=[BEGIN, END],
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        min_frequency=5,
+        show_progress=False,
     )
     raw.train_from_iterator([word for word, n in words.items() for _ in range(n)], trainer)
     return as_clip_tokenizer(raw)
@@ -50,7 +54,11 @@ def as_clip_tokenizer(raw: Tokenizer) -> CLIPTokenizer:
     ordered = list(dict.fromkeys([*alphabet, *(byte + "</w>" for byte in alphabet), *pieces, BEGIN, END]))
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     return CLIPTokenizer(
-        vocab={token: k for k, token in enumerate(ordered)}, merges=merges, unk_token=END, bos_token=BEGIN,
-        eos_token=END, pad_token=END, model_max_length=LENGTH,
+        vocab={token: k for k, token in enumerate(ordered)},
+        merges=merges,
+        unk_token=END,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=LENGTH,
     )
-

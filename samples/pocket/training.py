@@ -93,12 +93,12 @@ def follow(ema: nn.Module, model: nn.Module, *, decay: float) -> None:
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def save(
-    model: nn.Module, ema: nn.Module, optimizers: Optimizers, path: Path, *, state: State
-) -> None:
+def save(model: nn.Module, ema: nn.Module, optimizers: Optimizers, path: Path, *, state: State) -> None:
     """Write a checkpoint that is either complete or absent."""
     content = {
-        "model": model.state_dict(), "ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+        "model": model.state_dict(),
+        "ema": ema.state_dict(),
+        "optimizers": [o.state_dict() for o in optimizers],
         "state": state,
     }
     aside = path.with_suffix(".partial")

@@ -32,8 +32,14 @@ PLAN = Plan(steps=1200, minutes=20, batch=96, save_every=50, report_every=50)
 def new_vit() -> ViTModel:
     """Untrained, 0.9 M parameters; patches of 8 x 8 px."""
     config = ViTConfig(
-        hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=5, num_attention_heads=4, image_size=64,
-        patch_size=8, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     return ViTModel(config, add_pooling_layer=False)
 

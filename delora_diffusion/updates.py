@@ -1,0 +1,159 @@
+"""What adapters change: their updates, layer by layer and as thin factors, from any source, added up or compressed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapter_file import Adapter, AdapterFileError, read_adapter
+from .delora import TENSOR_NAMES, factors_of
+from .inject import delora_names
+from .lora_names import ARCHITECTURES, Architecture, LoraError, architecture_of, unreadable
+from .lowrank import Factors, added, compressed, norm
+from .pipeline import collect, unwrapped
+from .state import BASE_TOLERANCE
+
+#: component -> layer -> its update.
+Updates = dict[str, dict[str, Factors]]
+
+
+def gathered(source: Any, *, component: str | None, adapter_name: str = "default") -> list[Adapter]:
+    """Adapters in memory from whatever `export_lora` takes, each part under the name of its component."""
+    sources = list(source) if isinstance(source, (list, tuple)) else [source]
+    if not sources:
+        raise LoraError("there is nothing to export; give at least one adapter")
+    found = []
+    for one in sources:
+        adapter = _adapter_of(one, component, adapter_name)
+        if "" in adapter.tensors:
+            if component is None:
+                raise LoraError(
+                    "a PEFT folder does not say which component of a pipeline it is for; say it: component unet, "
+                    "transformer, text_encoder or text_encoder_2"
+                )
+            adapter = Adapter({component: adapter.tensors[""]}, {component: adapter.configs[""]}, adapter.provenance)
+        found.append(adapter)
+    return found
+
+
+def _adapter_of(source: Any, component: str | None, adapter_name: str) -> Adapter:
+    if isinstance(source, Adapter):
+        return source
+    if isinstance(source, (str, Path)):
+        return read_adapter(source)
+    if isinstance(source, nn.Module):
+        if component is None:
+            raise LoraError(f"say which component of a pipeline this {type(source).__name__} is: component unet, ...")
+        return collect({component: unwrapped(source)}, adapter_name)
+    parts = source if isinstance(source, Mapping) else source.components
+    modules = {name: unwrapped(module) for name, module in parts.items() if isinstance(module, nn.Module)}
+    told = {}
+    if not isinstance(source, Mapping):
+        told = {"pipeline": type(source).__name__, "base_model": str(source.config.get("_name_or_path") or "")}
+    return collect({n: m for n, m in modules.items() if delora_names(m)}, adapter_name, provenance=told)
+
+
+def summed(
+    adapters: Sequence[Adapter], weights: float | Sequence[float], *, allow_partial: bool
+) -> tuple[Updates, tuple[str, ...]]:
+    """The weighted sum of adapters, layer by layer and exact, and notes on what was left out or widened.
+
+    Raises:
+        AdapterFileError: an adapter that is incomplete or not finite.
+        LoraError: a wrong number of weights, adapters of different bases, or something that thin factors cannot hold.
+    """
+    values = [float(weights)] * len(adapters) if isinstance(weights, (int, float)) else [float(w) for w in weights]
+    if len(values) != len(adapters):
+        raise LoraError(
+            f"{len(adapters)} adapters but {len(values)} weights; give one weight, or one for each adapter"
+        )
+    if not all(math.isfinite(value) for value in values):
+        raise LoraError(f"weights are {values}; they must be finite")
+    parts: dict[str, dict[str, list[Factors]]] = {}
+    left_out: list[str] = []
+    norms: dict[str, Tensor] = {}
+    residual = False
+    for adapter, value in zip(adapters, values, strict=True):
+        for component, tensors in adapter.tensors.items():
+            layers, full = _by_layer(component, tensors)
+            left_out += full + [f"{component}.{layer}" for layer in layers if unreadable(component, layer)]
+            for layer, named in layers.items():
+                if not unreadable(component, layer):
+                    _check_same_base(f"{component}.{layer}", named["delora_w_norm"], norms)
+                    residual |= "delora_A_init" in named
+                    few = parts.setdefault(component, {}).setdefault(layer, [])
+                    few.append(Factors(*factors_of(named, value)))
+    if left_out and not allow_partial:
+        raise LoraError(
+            f"a LoRA cannot hold {len(left_out)} parts of this adapter ({', '.join(left_out[:3])}): parameters "
+            f"trained in full, or layers that no LoRA loader has names for. Merge the adapter into the base instead, "
+            f"or leave them out with allow_partial"
+        )
+    if not parts:
+        raise LoraError("nothing is left that a LoRA can hold; no file was written")
+    notes = [f"left out: {', '.join(left_out)}"] if left_out else []
+    if residual:
+        notes.append("init_weights residual: the frozen initial update is part of it, so the rank is 2r")
+    return {c: {layer: added(few) for layer, few in layers.items()} for c, layers in parts.items()}, tuple(notes)
+
+
+def _check_same_base(layer: str, w: Tensor, norms: dict[str, Tensor]) -> None:
+    """Compare a layer's column norms with those that an earlier adapter brought, which `norms` collects."""
+    known = norms.setdefault(layer, w)
+    if known.shape != w.shape or float((w - known).norm()) > BASE_TOLERANCE * float(known.norm()):
+        raise LoraError(
+            f"these adapters were trained on different bases: the column norms of {layer} differ; add up adapters of "
+            f"one base"
+        )
+
+
+def _by_layer(component: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Tensors of each adapted layer (fp32, on the CPU), and the names of parameters trained in full."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    full = []
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf.startswith("delora_"):
+            layers.setdefault(layer, {})[leaf] = tensor.detach().float().cpu()
+        else:
+            full.append(f"{component}.{name}")
+    for layer, named in layers.items():
+        if missing := [leaf for leaf in TENSOR_NAMES if leaf not in named]:
+            raise AdapterFileError(f"{component}.{layer} lacks {', '.join(missing)}; the adapter is incomplete")
+        if wrong := [leaf for leaf, tensor in named.items() if not tensor.isfinite().all()]:
+            raise AdapterFileError(f"{component}.{layer}.{wrong[0]} is not finite; the adapter is of no use")
+    return layers, full
+
+
+def compressed_updates(updates: Updates, rank: int) -> tuple[Updates, tuple[str, ...]]:
+    """Every layer at `rank` at most, and a note on the error."""
+    if rank < 1:
+        raise LoraError(f"rank is {rank}; it must be at least 1")
+    made: Updates = {}
+    lost = size = 0.0
+    worst, where = 0.0, ""
+    for component, layers in updates.items():
+        for layer, factors in layers.items():
+            made.setdefault(component, {})[layer], error = compressed(factors, rank)
+            whole = norm(factors)
+            lost, size = lost + error**2, size + whole**2
+            if whole and error / whole > worst:
+                worst, where = error / whole, f"{component}.{layer}"
+    share = math.sqrt(lost / size) if size else 0.0
+    at = f", at most {worst:.2%}, in {where}" if where else ""
+    return made, (f"compressed to rank {rank}: {share:.2%} of the update is lost{at}",)
+
+
+def known_architecture(adapters: Sequence[Adapter], updates: Updates, asked: str | None) -> Architecture | None:
+    """The family that was asked for, else the one that the adapters' header and shapes tell."""
+    if asked is not None:
+        if asked not in ARCHITECTURES:
+            raise LoraError(f"architecture is {asked!r}; choose one of {', '.join(ARCHITECTURES)}")
+        return ARCHITECTURES[asked]
+    told = adapters[0].provenance
+    widths = {c: {layer: factors.down.shape[1] for layer, factors in layers.items()} for c, layers in updates.items()}
+    return architecture_of(widths, pipeline=told.get("pipeline", ""), prediction_type=told.get("prediction_type", ""))

@@ -1,0 +1,160 @@
+"""`delora export` and `delora verify`: agreement is seen, and every kind of disagreement as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from delora_diffusion import AdapterFileError, LoraError, export_lora, verify_lora, write_adapter
+from delora_diffusion.adapter_file import Adapter
+from delora_diffusion.cli import main
+
+from . import tiny, tiny_pipelines
+from .test_lora_file import adapter_for
+
+BOTH = ("unet", "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny.stable_diffusion(tmp_path_factory.mktemp("verify"))
+
+
+@pytest.fixture(scope="module")
+def adapter(pipe: Any) -> Adapter:
+    return adapter_for(pipe, *BOTH)
+
+
+@pytest.mark.parametrize(
+    "format, found",
+    [
+        ("diffusers", {"diffusers": 40, "comfyui": 8, "a1111": 0}),
+        ("kohya", {"diffusers": 40, "comfyui": 40, "a1111": 40}),
+    ],
+)
+def test_an_export_agrees_and_each_loader_is_counted(
+    format: str, found: dict[str, int], adapter: Adapter, tmp_path: Path
+) -> None:
+    assert sum(name.endswith("delora_A") for named in adapter.tensors.values() for name in named) == 40
+    file = export_lora(adapter, tmp_path / "x.safetensors", format=format).path
+    report = verify_lora(file, adapter)
+    assert report.layers == 40 and report.largest_error < 1e-6 and report.agrees(1e-6)
+    assert report.loaders == found, "diffusers' names lose the UNet's 32 attention layers in ComfyUI, all in A1111"
+    assert f"A1111 {found['a1111']}/40" in str(report)
+
+
+def test_a_transformer_is_found_by_comfyui_under_diffusers_names(tmp_path: Path) -> None:
+    pipe = tiny_pipelines.stable_diffusion_3(tmp_path / "parts")
+    adapter = adapter_for(pipe, "transformer", "text_encoder", "text_encoder_2")
+    report = verify_lora(export_lora(adapter, tmp_path / "x.safetensors", format="comfyui").path, adapter)
+    assert report.loaders == {"diffusers": report.layers, "comfyui": report.layers, "a1111": 0}
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "fp16"}, {"rank": 1}, {"weights": 0.5}], ids=str)
+def test_what_differs_is_measured(settings: dict[str, Any], adapter: Adapter, tmp_path: Path) -> None:
+    file = export_lora(adapter, tmp_path / "x.safetensors", **settings).path
+    report = verify_lora(file, adapter)
+    tensors = load_file(file)
+    exact = load_file(export_lora(adapter, tmp_path / "exact.safetensors").path)
+    errors = []
+    for name in (name for name in exact if name.endswith("lora_A.weight")):
+        up = name.replace("lora_A", "lora_B")
+        wanted = exact[up].double() @ exact[name].double()
+        errors.append(float((tensors[up].double() @ tensors[name].double() - wanted).norm() / wanted.norm()))
+    assert report.largest_error == pytest.approx(max(errors), rel=1e-3)
+    assert not report.agrees(max(errors) * 0.9) and report.agrees(max(errors) * 1.1)
+
+
+def changed(file: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    return file
+
+
+LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def drop(tensors: dict[str, Tensor]) -> None:
+    del tensors[f"{LAYER}.lora_A.weight"], tensors[f"{LAYER}.lora_B.weight"]
+
+
+def add(tensors: dict[str, Tensor]) -> None:
+    tensors |= {"unet.conv_in.lora_A.weight": torch.ones(2, 3), "unet.conv_in.lora_B.weight": torch.ones(3, 2)}
+
+
+def alpha(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{LAYER}.alpha"] = torch.tensor(1.0)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [(drop, f"1 missing: {LAYER}"), (add, "1 unexpected: unet.conv_in"), (alpha, f"5.00e-01, in {LAYER}")],
+)
+def test_a_changed_file_does_not_agree(
+    change: Callable[[dict[str, Tensor]], None], said: str, adapter: Adapter, tmp_path: Path
+) -> None:
+    file = changed(export_lora(adapter, tmp_path / "x.safetensors").path, change)
+    report = verify_lora(file, adapter)
+    assert not report.agrees(1e-3) and said in str(report)
+
+
+def test_a_half_of_a_pair_and_other_files_are_refused(adapter: Adapter, tmp_path: Path) -> None:
+    file = export_lora(adapter, tmp_path / "x.safetensors").path
+    changed(file, lambda tensors: drop_one(tensors))
+    with pytest.raises(LoraError, match="the file is incomplete"):
+        verify_lora(file, adapter)
+    with pytest.raises(LoraError, match="is no LoRA: its tensors are DeLoRA's"):
+        verify_lora(write_adapter(tmp_path, adapter), adapter)
+    with pytest.raises(AdapterFileError, match="cannot read"):
+        verify_lora(tmp_path / "nothing.safetensors", adapter)
+
+
+def drop_one(tensors: dict[str, Tensor]) -> None:
+    del tensors[f"{LAYER}.lora_B.weight"]
+
+
+# ---- on the command line -----------------------------------------------------------------------------
+
+
+def test_export_and_verify_on_the_command_line(
+    adapter: Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "my_dog"
+    made = folder / "my_dog_comfyui.safetensors"
+    write_adapter(folder, adapter)
+
+    def run(*words: object, code: int = 0) -> str:
+        assert main([str(word) for word in words]) == code
+        return capsys.readouterr().err
+
+    said = run("export", "--adapter", folder, "--format", "comfyui", "--lora_dtype", "fp16")
+    assert made.is_file() and f"{made}: rank 2, 8 layers of text_encoder, 32 layers of unet, kohya names" in said
+    assert "ComfyUI, Forge 40/40" in run("verify", "--adapter", folder, "--file", made)
+    said = run("verify", "--adapter", folder, "--file", made, "--tolerance", "1e-9", code=1)
+    assert f"{made} is not {folder}" in said
+    assert "exists; give another name" in run("export", "--adapter", folder, "--format", "comfyui", code=1)
+    run("export", "--adapter", folder)
+    assert (folder / "pytorch_lora_weights.safetensors").is_file()
+    assert "say where to: output" in run("export", "--adapter", "some/where", "--format", "kohya", code=1)
+
+
+def test_a_sum_on_the_command_line(
+    adapter: Adapter, pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(write_adapter(tmp_path / "a", adapter).parent)]
+    folders += [str(write_adapter(tmp_path / "b", adapter_for(pipe, "unet", seed=4)).parent)]
+    sources = ["--adapter", *folders, "--weights", "1", "0.5"]
+    exact, short = str(tmp_path / "exact.safetensors"), str(tmp_path / "short.safetensors")
+    assert main(["export", *sources, "--output", exact]) == 0 and main(["verify", *sources, "--file", exact]) == 0
+    assert main(["export", *sources, "--output", short, "--rank", "2"]) == 0
+    assert "of the update is lost" in capsys.readouterr().err
+    assert main(["verify", *sources, "--file", short]) == 1
+    with pytest.raises(SystemExit):
+        main(["export", "--adapter", *folders, "--weights", "1", "2", "3", "--output", exact])
