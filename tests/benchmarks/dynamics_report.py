@@ -154,15 +154,16 @@ def figure(settings: dict[Setting, dict[tuple[str, int], Row]], once: int, desti
     for column, name in enumerate(("fidelity", "drift")):
         for method, colour in COLOURS.items():
             own = {s: cells for s, cells in settings.items() if s[0] == method and not s[3]}
-            longest = max((s[2] for s in own), default=0)
-            followed = {s[1] for s in own if s[2] == longest}
-            rates = _series({s: cells for s, cells in own.items() if s[2] == once}, 1, name)
-            steps = _series({s: cells for s, cells in own.items() if s[1] in followed}, 2, name)
-            grid[0][column].plot(*rates, "o-", color=colour, label=method)
-            grid[1][column].plot(*steps, "o-", color=colour, label=method)
+            longest = max((s[2] for s in own), default=once)
+            followed = {s: cells for s, cells in own.items() if s[1] in {r[1] for r in own if r[2] == longest}}
+            shared = set.intersection(*map(set, followed.values())) if longest > once else set()
+            steps = {s: _only(cells, shared) for s, cells in followed.items() if shared}
+            for row, chosen, axis in ((0, {s: own[s] for s in own if s[2] == once}, 1), (1, steps, 2)):
+                if chosen:
+                    grid[row][column].plot(*_series(chosen, axis, name), "o-", color=colour, label=method)
         grid[0][column].set(xscale="log", xlabel="learning rate", ylabel=name, title=f"{name} after {once} steps")
         grid[1][column].set(xscale="log", xlabel="steps", ylabel=name, title=f"{name} over length")
-    grid[0][0].legend(frameon=False)
+    plots.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     plots.savefig(destination, dpi=110)
 
 
