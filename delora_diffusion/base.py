@@ -14,6 +14,7 @@ import torch
 from .adapter_file import FILE_NAME, Adapter
 from .checkpoint import checkpoints
 from .config import ModelConfig, TrainingConfig
+from .families import family_named
 from .lora_names import LORA_FILE_NAME
 from .options import OptionError
 
@@ -40,8 +41,8 @@ def load_base(model: ModelConfig, *, precision: str) -> Any:
 
     path = model.pretrained_model_name_or_path
     dtype = DTYPE[precision if model.base_dtype == "auto" else model.base_dtype]
+    listed = _listed(path, model.revision)
     with as_base_error(path):
-        listed = DiffusionPipeline.load_config(path, revision=model.revision)
         unused = {name: None for name in _NOT_NEEDED if name in listed}
         dtypes = {"default": dtype, "vae": torch.float32}
         pipe = DiffusionPipeline.from_pretrained(
@@ -59,13 +60,7 @@ def as_base_error(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        if Path(path).is_dir():
-            raise BaseModelError(
-                f"cannot load the base model in {path}: {first} A base is a folder in diffusers' layout, with "
-                f"model_index.json, unet/ (or transformer/), vae/, text_encoder/, tokenizer/ and scheduler/"
-            ) from error
-        raise BaseModelError(f"there is no base model {path}, neither as a folder nor on the Hub: {first}") from error
+        raise _cannot_load(path, error) from error
 
 
 def base_of(adapters: Sequence[Adapter], sources: Sequence[str], *, option: str) -> str:
@@ -78,6 +73,46 @@ def base_of(adapters: Sequence[Adapter], sources: Sequence[str], *, option: str)
     if len(bases) != 1 or bases == {""}:
         raise OptionError(f"{', '.join(sources)} do not name one base model; give --{option}")
     return bases.pop()
+
+
+def half_precision(path: str) -> str:
+    """The half precision that the family of the base pipeline at `path` is drawn in: bf16 or fp16.
+
+    Raises:
+        BaseModelError, FamilyError: nothing there, or a pipeline of no supported family.
+    """
+    return family_named(_listed(path, None)["_class_name"]).half
+
+
+def _listed(path: str, revision: str | None) -> dict[str, Any]:
+    """What model_index.json says: the pipeline's class, and its components."""
+    from diffusers import DiffusionPipeline
+
+    with as_base_error(path):
+        listed: dict[str, Any] = DiffusionPipeline.load_config(path, revision=revision)
+    return listed
+
+
+def _cannot_load(path: str, error: Exception) -> BaseModelError:
+    first = str(error).strip().splitlines()[0]
+    if Path(path).is_dir():
+        return BaseModelError(
+            f"cannot load the base model in {path}: {first} A base is a folder in diffusers' layout, with "
+            f"model_index.json, unet/ (or transformer/), vae/, text_encoder/, tokenizer/ and scheduler/"
+        )
+    if Path(path).is_file():
+        return BaseModelError(
+            f"{path} is a single file; a base is a folder in diffusers' layout: load the file with the pipeline's "
+            f"from_single_file in diffusers, and save_pretrained it"
+        )
+    if "gated" in str(error).lower():
+        return BaseModelError(
+            f"{path} is gated: accept its terms on https://huggingface.co/{path}, then log in with `hf auth login`"
+        )
+    return BaseModelError(
+        f"there is no base model {path}, neither as a folder nor on the Hub: {first} "
+        f"For a private one, log in with `hf auth login`"
+    )
 
 
 def quiet_libraries() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .data import Example, View
 from .encode import Encoded
-from .families import Conditioning, Family, stack_conditioning
+from .families import Conditioning, Family, Setting, placed, stack_conditioning
 from .inject import delora_disabled
 from .objective import Objective
 from .seeds import derived_seed
@@ -22,7 +22,8 @@ class Examples:
 
     `conditioning` holds the encoded captions; it is None while a text encoder is trained, and captions are then
     encoded at every step by `encode`. `preserved` holds prompts for which the base's own predictions are to be kept,
-    as the base encodes them, and `preservation_weight` what they weigh in the loss.
+    as the base encodes them, and `preservation_weight` what they weigh in the loss. `guidance` is the scale that a
+    guidance-distilled model is trained at.
     """
 
     instances: Sequence[Example]
@@ -33,6 +34,11 @@ class Examples:
     encode: Callable[[Sequence[str]], Conditioning]
     preserved: Mapping[str, Conditioning] = field(default_factory=dict)
     preservation_weight: float = 1.0
+    guidance: float = 3.5
+
+    def setting(self) -> Setting:
+        """What the denoiser is told about the pictures."""
+        return Setting(self.size, self.size, self.guidance)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ def batch_loss(
         total_weight: summed example weights of the whole step, over all batches and processes.
     """
     latents, noise, t = (
-        torch.cat(parts) for parts in zip(*(_sampled(p, examples, objective) for p in batch), strict=True)
+        torch.cat(parts)
+        for parts in zip(*(_sampled(p, examples, objective, family.patch) for p in batch), strict=True)
     )
     x_t, target = objective.noised(latents, noise, t)
     captions = [p.example.caption for p in batch]
@@ -95,31 +102,31 @@ def batch_loss(
         cond = examples.encode(captions)
     else:
         cond = stack_conditioning([examples.conditioning[caption] for caption in captions])
-    prediction = _predicted(denoiser, family, x_t, t, cond, device).float()
+    setting = examples.setting()
+    prediction = _predicted(denoiser, family, x_t, t, cond, setting, device).float()
     target = target.to(device)
     if any(kept := [p.preserved for p in batch]):
         base_cond = stack_conditioning([examples.preserved[p.example.caption] for p in batch if p.preserved])
         with torch.no_grad(), delora_disabled(denoiser):
-            target[kept] = _predicted(denoiser, family, x_t[kept], t[kept], base_cond, device).float()
+            target[kept] = _predicted(denoiser, family, x_t[kept], t[kept], base_cond, setting, device).float()
     weight = torch.tensor([p.example.weight for p in batch]) * objective.snr_weight(t, snr_gamma)
     error = (prediction - target).square().flatten(1).mean(1)
     return (weight.to(device) * error).sum() / total_weight
 
 
 def _predicted(
-    denoiser: nn.Module, family: Family, x_t: Tensor, t: Tensor, cond: Conditioning, device: torch.device
-) -> Tensor:
+    denoiser: nn.Module, family: Family, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
     dtype = next(p.dtype for p in denoiser.parameters() if p.is_floating_point())
-    cond = {
-        name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in cond.items()
-    }
-    return family.predict(denoiser, x_t.to(device, dtype), t.to(device), cond)
+    return family.predict(denoiser, x_t.to(device, dtype), t.to(device), placed(cond, device, dtype), setting)
 
 
-def _sampled(pick: Pick, examples: Examples, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+def _sampled(pick: Pick, examples: Examples, objective: Objective, patch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Latents drawn from the posterior (1, C, h, w), noise (1, C, h, w) and timestep (1,) of one place."""
     generator = torch.Generator().manual_seed(pick.seed)
     posterior = examples.latents[pick.example.key(pick.view, examples.size)]
     shape = posterior["mean"].shape
     latents = posterior["mean"] + posterior["std"] * torch.randn(shape, generator=generator)
-    return latents, torch.randn(shape, generator=generator), objective.sample_timestep(generator)
+    noise, tokens = torch.randn(shape, generator=generator), shape[-2] * shape[-1] // patch**2
+    return latents, noise, objective.sample_timestep(generator, tokens)

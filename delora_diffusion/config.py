@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .objective import TIMESTEP_SAMPLINGS
 from .options import OptionError, at_least, option
 from .prompts import UNRELATED_PROMPTS
 from .targets import BIAS_CHOICES, INIT_CHOICES
@@ -64,7 +65,7 @@ class AdapterConfig:
     )
     module_dropout: float = option(0.0, "dropout on the adapters' inputs")
     target_modules: str | list[str] | None = option(
-        None, "layers to adapt: names, one regex, or all-linear; unset: the attention projections"
+        None, "layers to adapt: attention, attention+ff, all-linear, names, or one regex; unset: attention"
     )
     exclude_modules: str | list[str] | None = option(None, "layers to leave out, in the same forms")
     rank_pattern: dict[str, int] = option({}, "ranks that differ, {name or regex: rank}")
@@ -151,6 +152,17 @@ class TrainingConfig:
     lr_scheduler: str = option("constant", "schedule of the learning rates, in optimiser steps", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = option(0, "steps of learning-rate warm-up")
     snr_gamma: float | None = option(None, "min-SNR weighting of the loss with this gamma (5 is usual)")
+    timestep_sampling: str | None = option(
+        None, "how noise levels are drawn; unset: logit_normal for flow matching, else uniform",
+        choices=TIMESTEP_SAMPLINGS,
+    )  # fmt: skip
+    logit_mean: float = option(0.0, "mean of logit_normal; above 0 is more noise, as in the SD3 paper")
+    logit_std: float = option(1.0, "standard deviation of logit_normal")
+    mode_scale: float = option(1.29, "how much more often mode draws middle noise levels")
+    timestep_shift: float | None = option(
+        None, "shift of the noise levels in flow matching, above 1 is more noise; unset: the scheduler's own"
+    )
+    guidance_scale: float = option(3.5, "guidance that a guidance-distilled base (FLUX dev) is told in training")
     use_ema: bool = option(False, "save an exponential moving average of the adapter")
     ema_decay: float = option(0.99, "its decay")
     checkpointing_steps: int = option(500, "steps between checkpoints; 0: only when interrupted")
@@ -175,6 +187,12 @@ class TrainingConfig:
             raise OptionError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
         if self.snr_gamma is not None and self.snr_gamma <= 0:
             raise OptionError(f"snr_gamma is {self.snr_gamma}; it must be positive (5 is usual), or left out")
+        if self.timestep_shift is not None and self.timestep_shift <= 0:
+            raise OptionError(
+                f"timestep_shift is {self.timestep_shift}; it must be positive (3 is SD3's), or left out"
+            )
+        if self.logit_std <= 0:
+            raise OptionError(f"logit_std is {self.logit_std}; it must be positive (1 is usual)")
 
 
 @dataclass(frozen=True)
@@ -186,8 +204,10 @@ class ValidationConfig:
         100, "steps between previews; there is always one before the first step and one at the end"
     )
     num_validation_images: int = option(4, "images per prompt, with fixed seeds")
-    validation_guidance_scale: float = option(7.5, "guidance of the previews")
-    validation_num_inference_steps: int = option(25, "sampling steps of the previews")
+    validation_guidance_scale: float | None = option(None, "guidance of the previews; unset: usual for the base")
+    validation_num_inference_steps: int | None = option(
+        None, "sampling steps of the previews; unset: usual for the base"
+    )
     validation_negative_prompt: str | None = option(None, "negative prompt of the previews")
     validation_dino: str | None = option(
         None, "folder or Hub id of a DINO, DINOv2, DINOv3 or ViT: measure on every preview likeness and drift"
@@ -247,12 +267,14 @@ class DrawingConfig:
     strengths: list[float] = option([1.0], "adapter strengths: 0 is the base, 1 as trained")
     negative_prompt: str | None = option(None, "negative prompt of all images")
     scheduler: str | None = option(None, "sampler; unset: the base's own", choices=tuple(SCHEDULERS))
-    num_inference_steps: int = option(25, "sampling steps")
-    guidance_scale: float = option(7.5, "classifier-free guidance")
+    num_inference_steps: int | None = option(None, "sampling steps; unset: usual for the base")
+    guidance_scale: float | None = option(None, "classifier-free guidance; unset: usual for the base")
     height: int | None = option(None, "height in pixels; unset: the base's own size")
     width: int | None = option(None, "width in pixels; unset: the base's own size")
     batch_size: int = option(4, "images drawn at once")
-    dtype: str = option("auto", "precision; auto: fp16 on a GPU, fp32 on the CPU", choices=DTYPES)
+    dtype: str = option(
+        "auto", "precision; auto: the family's half precision on a GPU, fp32 on the CPU", choices=DTYPES
+    )
     device: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
 
     def __post_init__(self) -> None:

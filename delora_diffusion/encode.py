@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .data import DataError, Example
-from .families import Conditioning, Family
+from .families import Conditioning, Family, from_tensors, to_tensors
 from .files import complete_file
+from .latents import posterior
 
 Encoded = dict[str, Tensor]
 
@@ -84,32 +84,6 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if not key.startswith("_")}
 
 
-def normalise(vae: nn.Module, z: Tensor) -> Tensor:
-    """Latents as the denoiser sees them, (z - shift) * scale, from the VAE's own z (B, C, H, W)."""
-    shift, scale = _shift_and_scale(vae)
-    return (z - shift) * scale
-
-
-def denormalise(vae: nn.Module, latents: Tensor) -> Tensor:
-    """The inverse of `normalise`: what the VAE decodes."""
-    shift, scale = _shift_and_scale(vae)
-    return latents / scale + shift
-
-
-@torch.no_grad()
-def decode_latents(pipe: Any, latents: Tensor) -> list[Image.Image]:
-    """Images from what the denoiser ends with (B, C, h, w), decoded in the VAE's own precision."""
-    vae = pipe.vae
-    pixels = vae.decode(denormalise(vae, latents.to(vae.device, vae.dtype)), return_dict=False)[0]
-    images: list[Image.Image] = pipe.image_processor.postprocess(pixels.float(), output_type="pil")
-    return images
-
-
-def _shift_and_scale(vae: nn.Module) -> tuple[float, float]:
-    config: Any = vae.config
-    return config.get("shift_factor") or 0.0, config.scaling_factor
-
-
 def cache_latents(
     cache: Cache,
     vae: Any,
@@ -137,12 +111,8 @@ def cache_latents(
     return found
 
 
-@torch.no_grad()
 def _posterior(vae: Any, example: Example, view: Any, size: int) -> Encoded:
-    pixels = example.pixels(view, size)[None].to(vae.device, vae.dtype)
-    posterior = vae.encode(pixels).latent_dist
-    _, scale = _shift_and_scale(vae)
-    mean, std = normalise(vae, posterior.mean).float(), (posterior.std * scale).float()
+    mean, std = posterior(vae, example.pixels(view, size)[None])
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise DataError(
             f"the VAE gives values that are not finite for {example.path}; run it in fp32, or take the photo out"
@@ -160,6 +130,24 @@ def cache_prompts(
         identity: `fingerprint` of the text encoders and tokenizers.
     """
     return {
-        prompt: cache.get(f"prompt:{prompt}:{identity}", lambda p=prompt: family.encode_prompt(pipe, [p]))  # type: ignore[misc]
+        prompt: from_tensors(
+            cache.get(
+                f"prompt:{prompt}:{family.name}:{identity}",
+                lambda p=prompt: to_tensors(family.encode_prompt(pipe, [p])),  # type: ignore[misc]
+            )
+        )
         for prompt in dict.fromkeys(prompts)
     }
+
+
+@torch.no_grad()
+def cache_negative(
+    cache: Cache, pipe: Any, family: Family, prompt: str | None, *, identity: str
+) -> Conditioning | None:
+    """The conditioning of a negative prompt; of None, what the pipeline guides against then, if anything.
+
+    Args:
+        identity: as for `cache_prompts`.
+    """
+    key = f"negative:{prompt!r}:{family.name}:{identity}"
+    return from_tensors(cache.get(key, lambda: to_tensors(family.encode_negative(pipe, prompt) or {}))) or None

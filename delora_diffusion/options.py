@@ -272,11 +272,12 @@ def _scalar(kinds: set[type], value: Any, name: str, source: str) -> Any:
 
 
 def at_least(config: object, minimum: int, *names: str) -> None:
-    """Refuse fields below `minimum`.
+    """Refuse fields below `minimum`; None passes.
 
     Raises:
         OptionError: the first of `names` whose value is smaller.
     """
     for name in names:
-        if getattr(config, name) < minimum:
-            raise OptionError(f"{name} is {getattr(config, name)}; it must be at least {minimum}")
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise OptionError(f"{name} is {value}; it must be at least {minimum}")

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from .adapter_file import Adapter, read_adapter
-from .base import base_of, load_base
+from .base import base_of, half_precision, load_base
 from .config import SCHEDULERS, DrawingConfig, ModelConfig, SamplingConfig
 from .data import read_prompts
 from .draw import draw, quiet
@@ -100,7 +100,7 @@ def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
     base = config.pretrained_model_name_or_path or base_of(
         adapters, config.adapter, option="pretrained_model_name_or_path"
     )
-    precision = {"auto": "fp32" if cpu else "fp16"}.get(drawing.dtype, drawing.dtype)
+    precision = ("fp32" if cpu else half_precision(base)) if drawing.dtype == "auto" else drawing.dtype
     shared = {
         "negative_prompt": drawing.negative_prompt, "base": base, "scheduler": drawing.scheduler, "dtype": precision,
         "num_inference_steps": drawing.num_inference_steps, "guidance_scale": drawing.guidance_scale,

@@ -17,9 +17,20 @@ from typing import Any
 
 from torch import nn
 
-#: The attention projections of diffusers' denoisers and of CLIP-like text encoders, by module name.
-ATTENTION = r"(.*\.)?(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|q_proj|k_proj|v_proj|out_proj)"
+#: The attention projections of diffusers' denoisers (of single-stream blocks that fuse them with the feed-forward
+#: ones, those) and of text encoders, by module name.
+ATTENTION = (
+    r"(.*\.)?(to_q|to_k|to_v|to_out(\.0)?|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj|[qkvo]_proj|out_proj"
+    r"|(SelfAttention|EncDecAttention)\.[qkvo])"
+)
+#: Those, and the feed-forward layers of the same blocks.
+ATTENTION_FF = (
+    rf"({ATTENTION}|(.*\.)?((ff|ff_context|img_mlp|txt_mlp)\.(net\.0\.proj|net\.2|linear_in|linear_out)"
+    r"|feed_forward\.(linear_[123]|w[123])|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
+    r"|mlp\.fc[12]|DenseReluDense\.w(i|i_0|i_1|o)))"
+)
 ALL_LINEAR = "all-linear"
+PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION_FF}
 INIT_CHOICES = ("zero", "residual", "paired", "kaiming")
 BIAS_CHOICES = ("none", "all", "delora_only")
 
@@ -36,8 +47,9 @@ class DeloraConfig:
         r: rank of every adapter, unless `rank_pattern` says otherwise.
         delora_lambda: initial lambda, the bound of the update: |dW|_F <= lambda * max_j |W[:, j]|.
         target_modules: names of the `nn.Linear` layers to adapt: a list (exact names or dotted suffixes), one regular
-            expression that must match a whole name, "all-linear" (every Linear but the output layer), or None for
-            the attention projections of diffusers models and CLIP (`ATTENTION`).
+            expression that must match a whole name, "all-linear" (every Linear but the output layer), "attention" or
+            None (the attention projections of diffusers models and text encoders), or "attention+ff" (the
+            feed-forward layers of the same blocks as well).
         exclude_modules: names to leave out, in the same forms.
         rank_pattern: {name suffix or regex: rank}, where it differs from `r`.
         lambda_pattern: {name suffix or regex: lambda}, where it differs from `delora_lambda`.
@@ -100,7 +112,7 @@ class DeloraConfig:
                 "layers_to_transform needs target_modules as a list of names; a regex can say it itself"
             )
         for value in (self.target_modules, self.exclude_modules):
-            if isinstance(value, str):
+            if isinstance(value, str) and value not in PRESETS:
                 _check_regex(value)
         if self.modules_to_save is not None and not isinstance(self.modules_to_save, list):
             raise DeloraConfigError(f"modules_to_save is {self.modules_to_save!r}; it must be a list of names")
@@ -203,9 +215,17 @@ def within(pattern: str, name: str) -> bool:
     return re.match(rf"(^|.*\.){pattern}($|\..*)", name) is not None
 
 
+def excluding(exclude: str | list[str] | None, names: Iterable[str]) -> str | list[str] | None:
+    """`exclude_modules` that leaves out `names` as well."""
+    names = list(names)
+    if isinstance(exclude, str) and names:
+        return "|".join(f"({pattern})" for pattern in (PRESETS.get(exclude, exclude), *map(re.escape, names)))
+    return exclude if isinstance(exclude, str) else [*(exclude or ()), *names] or None
+
+
 def _named(targets: str | list[str], name: str) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return re.fullmatch(PRESETS.get(targets, targets), name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 

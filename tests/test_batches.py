@@ -14,7 +14,7 @@ from delora_diffusion.batches import Examples, Pick, batch_loss, picks
 from delora_diffusion.config import DataConfig
 from delora_diffusion.data import instance_examples
 from delora_diffusion.encode import Cache, cache_latents, cache_prompts, fingerprint
-from delora_diffusion.families import Conditioning, family_of
+from delora_diffusion.families import Conditioning, Setting, family_of
 from delora_diffusion.inject import delora_disabled
 from delora_diffusion.objective import objective_of
 
@@ -77,9 +77,9 @@ def test_the_target_of_a_preserved_place_is_what_the_base_predicts(world: World)
     t = world.objective.sample_timestep(generator)
     x_t, _ = world.objective.noised(latents, noise, t)
     cond = world.encode([CLASS])
-    adapted = world.family.predict(world.pipe.unet, x_t, t, cond)
+    adapted = world.family.predict(world.pipe.unet, x_t, t, cond, Setting(16, 16))
     with delora_disabled(world.pipe.unet):
-        base = world.family.predict(world.pipe.unet, x_t, t, cond)
+        base = world.family.predict(world.pipe.unet, x_t, t, cond, Setting(16, 16))
     expected = 0.5 * (adapted - base).square().mean()
     assert expected > 1e-4  # the adapter does something
     torch.testing.assert_close(world.loss([kept]), expected, rtol=1e-4, atol=1e-7)

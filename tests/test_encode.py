@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -20,10 +19,7 @@ from delora_diffusion.encode import (
     Cache,
     cache_latents,
     cache_prompts,
-    decode_latents,
-    denormalise,
     fingerprint,
-    normalise,
 )
 from delora_diffusion.families import family_of
 
@@ -106,27 +102,6 @@ def test_drawing_from_the_cached_posterior_is_diffusers_sample(pipe: Any, photos
         sample = posterior.sample(torch.Generator().manual_seed(3)) * pipe.vae.config.scaling_factor
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     assert torch.allclose(entry["mean"] + entry["std"] * noise, sample, atol=1e-6)
-
-
-@pytest.mark.parametrize("shift", [None, 0.0, 0.3])
-def test_normalise_and_denormalise_are_inverse(shift: float | None, vae: Any) -> None:
-    vae.register_to_config(shift_factor=shift, scaling_factor=0.25)
-    z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(denormalise(vae, normalise(vae, z)), z, atol=1e-6)
-    assert torch.allclose(normalise(vae, z), (z - (shift or 0.0)) * 0.25)
-
-
-def test_denormalise_is_what_the_pipeline_does_before_decoding(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings: dict[str, Any] = {"num_inference_steps": 2, "height": 16, "width": 16, "guidance_scale": 1.0}
-    latents = pipe("a", generator=torch.Generator().manual_seed(0), output_type="latent", **settings).images
-    decoded: list[Tensor] = []
-    decode = pipe.vae.decode
-    monkeypatch.setattr(pipe.vae, "decode", lambda z, *args, **kw: [decoded.append(z), decode(z, *args, **kw)][1])
-    (image,) = pipe("a", generator=torch.Generator().manual_seed(0), **settings).images
-    (ours,) = decode_latents(pipe, latents)
-    assert torch.equal(decoded[0], denormalise(pipe.vae, latents)) and torch.equal(decoded[1], decoded[0])
-    assert np.array_equal(tiny.as_array(ours), tiny.as_array(image))
-    assert tiny.as_array(image).std() > 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

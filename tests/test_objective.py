@@ -7,17 +7,22 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
 )
 from diffusers.training_utils import compute_snr
 
-from delora_diffusion.objective import PREDICTIONS, Objective, ObjectiveError, objective_of
+from delora_diffusion.objective import (
+    PREDICTIONS,
+    Diffusion,
+    ObjectiveError,
+    objective_of,
+)
 
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 TIMESTEPS = [0, 1, 250, 500, 998, 999]
@@ -172,15 +177,11 @@ def test_a_zero_terminal_snr_schedule_stays_finite(prediction_type: str) -> None
 @pytest.mark.parametrize(
     "scheduler, said",
     [
-        (FlowMatchEulerDiscreteScheduler(), "cannot train with FlowMatchEulerDiscreteScheduler"),
+        (CogVideoXDDIMScheduler(prediction_type="flow"), "CogVideoXDDIMScheduler predicts 'flow'; can train epsilon"),
         (EDMEulerScheduler(), "cannot train with EDMEulerScheduler"),
-        (object(), "cannot train with object: it has no discrete noise schedule; use a base whose scheduler"),
-        (
-            DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-            "predicts 'flow_prediction'; can train epsilon, v_prediction, sample",
-        ),
+        (object(), "cannot train with object: it has no discrete noise schedule and is not flow matching; use a"),
     ],
-    ids=["flow matching", "edm", "no scheduler", "flow prediction"],
+    ids=["flow", "edm", "no scheduler"],
 )
 def test_a_scheduler_that_cannot_be_trained_with_is_refused(scheduler: Any, said: str) -> None:
     with pytest.raises(ObjectiveError) as refused:
@@ -190,4 +191,4 @@ def test_a_scheduler_that_cannot_be_trained_with_is_refused(scheduler: Any, said
 
 def test_every_kind_of_prediction_is_reachable_from_a_scheduler() -> None:
     assert [objective_of(ddim(kind)).prediction_type for kind in PREDICTIONS] == list(PREDICTIONS)
-    assert isinstance(objective_of(PNDMScheduler(**SD15)), Objective)
+    assert isinstance(objective_of(PNDMScheduler(**SD15)), Diffusion)

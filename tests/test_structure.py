@@ -13,8 +13,8 @@ import delora_diffusion
 
 PACKAGE = Path(delora_diffusion.__file__).parent
 LEVELS = (
-    ("targets", "delora", "options", "objective", "families", "files", "sheet", "seeds", "encoders", "metrics",
-     "prompts"),
+    ("targets", "delora", "options", "objective", "families", "latents", "files", "sheet", "seeds", "encoders",
+     "metrics", "prompts"),
     ("lowrank", "lora_names", "tensor_file", "block_weights", "architectures"),
     ("inject", "config", "report", "peft_format", "spectrum", "lora_header"),
     ("merge", "state", "data", "evaluation_config", "file_config", "dial_plot", "adapter_file"),
@@ -27,15 +27,17 @@ LEVELS = (
     ("cli",),
 )  # fmt: skip
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
-MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def imports(source: str) -> set[str]:
-    """Every module a file imports, anywhere in it, ours as `.name`."""
+def imports(source: str, *, depth: int = 0) -> set[str]:
+    """Every module a file imports, anywhere in it, ours as `.name`; what lies in its own folder is not another."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and 0 < node.level <= depth:
+            continue
         elif isinstance(node, ast.ImportFrom) and node.level and node.module is None:
             found |= {f".{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -44,20 +46,26 @@ def imports(source: str) -> set[str]:
     return found | ours
 
 
-def upwards(module: str, source: str) -> list[str]:
+def module_of(path: Path) -> str:
+    """The name in the table; a folder of files is one module."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def upwards(module: str, source: str, *, depth: int = 0) -> list[str]:
     """Our modules that `module` imports although they are not below it."""
-    ours = sorted(name[1:].split(".")[0] for name in imports(source) if name.startswith("."))
+    ours = sorted(name[1:].split(".")[0] for name in imports(source, depth=depth) if name.startswith("."))
     return [name for name in ours if LEVEL[name] >= LEVEL[module]]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_a_module_imports_only_from_levels_below(path: Path) -> None:
-    assert path.stem in LEVEL, f"give {path.stem} a level in this test"
-    assert upwards(path.stem, path.read_text(encoding="utf-8")) == []
+    assert module_of(path) in LEVEL, f"give {module_of(path)} a level in this test"
+    depth = len(path.relative_to(PACKAGE).parts) - 1
+    assert upwards(module_of(path), path.read_text(encoding="utf-8"), depth=depth) == []
 
 
 def test_every_module_of_the_table_exists() -> None:
-    assert set(LEVEL) == {path.stem for path in MODULES}
+    assert set(LEVEL) == set(map(module_of, MODULES))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +81,10 @@ def test_every_module_of_the_table_exists() -> None:
 )
 def test_an_import_upwards_or_sideways_would_be_seen(module: str, source: str, found: list[str]) -> None:
     assert upwards(module, source) == found
+
+
+def test_a_folder_is_one_module() -> None:
+    assert upwards("families", "from .family import Family\nfrom ..seeds import x", depth=1) == ["seeds"]
 
 
 @pytest.mark.parametrize("path", [*MODULES, PACKAGE / "__init__.py"], ids=lambda path: path.stem)

@@ -138,7 +138,7 @@ def test_two_processes_equal_one(base: Path, photos: Path, tmp_path: Path, run: 
     assert job.returncode == 0, job.stderr
     assert "2 processes" in job.stderr
     assert losses(one) == pytest.approx(losses(tmp_path / "two"), abs=2e-6)
-    assert largest_difference(tensors(one), tensors(tmp_path / "two")) < 1e-6
+    assert largest_difference(tensors(one), tensors(tmp_path / "two")) < 5e-6  # Adam's step is 1e-4
 
 
 def test_interrupted_run_leaves_a_checkpoint_and_continues(base: Path, photos: Path, tmp_path: Path, run: Run) -> None:
@@ -179,7 +179,7 @@ def test_disk_cache_changes_nothing(run: Run, tmp_path: Path) -> None:
     cached = f"--cache_dir={tmp_path / 'cache'}"
     memory, disk, again = run("memory"), run("disk", cached), run("again", cached)
     assert same(tensors(memory), tensors(disk)) and same(tensors(disk), tensors(again))
-    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3 + 2  # views; the prompt and the empty one
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3 + 1  # views and the prompt
 
 
 @pytest.mark.parametrize("precision", ["bf16"])

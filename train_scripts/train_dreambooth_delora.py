@@ -26,21 +26,21 @@ from delora_diffusion.card import figure_table, push_to_hub, write_card
 from delora_diffusion.checkpoint import CheckpointError
 from delora_diffusion.config import AdapterConfig, DataConfig, ModelConfig, TrainingConfig, ValidationConfig
 from delora_diffusion.data import DataError, class_examples, instance_examples, read_prompts
-from delora_diffusion.encode import Cache, cache_latents, cache_prompts, fingerprint
+from delora_diffusion.encode import Cache, cache_latents, cache_negative, cache_prompts, fingerprint
 from delora_diffusion.encoders import EncoderError
-from delora_diffusion.families import FamilyError, family_of
+from delora_diffusion.families import FamilyError, check_trainable
 from delora_diffusion.inject import delora_disabled, inject_delora
 from delora_diffusion.journal import Look, figures_by_step, read_log
 from delora_diffusion.lora_file import export_lora
 from delora_diffusion.lora_names import LoraError
-from delora_diffusion.objective import ObjectiveError, objective_of
+from delora_diffusion.objective import ObjectiveError, TimestepSampling, objective_of
 from delora_diffusion.options import OptionError, parse, to_yaml
 from delora_diffusion.pipeline import save_delora_weights
 from delora_diffusion.preview import Rows, before_after, draw_unrelated, fill_class_folder, preview
 from delora_diffusion.run_plot import plot_run
 from delora_diffusion.seeds import derived_seed
 from delora_diffusion.strengths import SHEET, draw_strengths, strength_text
-from delora_diffusion.targets import ALL_LINEAR, DeloraConfig, DeloraConfigError
+from delora_diffusion.targets import ALL_LINEAR, PRESETS, DeloraConfig, DeloraConfigError, excluding
 from delora_diffusion.train import Interrupted, TrainingError, options_of, train
 from delora_diffusion.watch import Watch, load_gauge, protocol_of, read_best
 
@@ -74,7 +74,8 @@ def run(
         holdout=validation.validation_holdout_dir, token=validation.trigger_token,
     ) if measuring and main else None  # fmt: skip
     pipe = load_base(model, precision=accelerator.mixed_precision)
-    family, objective = family_of(pipe), objective_of(pipe.scheduler)
+    family = check_trainable(pipe, resolution=data.resolution, train_text_encoder=adapter.train_text_encoder)
+    objective = objective_of(pipe.scheduler, _timestep_sampling(training))
     encoders = [name for name in family.text_encoders if getattr(pipe, name, None) is not None]
     denoiser = getattr(pipe, family.denoiser)
     base_identity = fingerprint(denoiser, pipe.vae, *(getattr(pipe, name) for name in encoders))
@@ -106,16 +107,15 @@ def run(
     conditioning, preserved, negative = None, {}, validation.validation_negative_prompt
     shown, unrelated = (validation.validation_prompt, negative), (world, negative)
     tokenizers = [getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in encoders]
-    identity = fingerprint(*(getattr(pipe, name) for name in encoders), *(t.get_vocab() for t in tokenizers))
+    identity = fingerprint(*(getattr(pipe, name) for name in encoders), *map(_vocabulary, tokenizers))
     if data.with_base_preservation and data.class_prompt:
         preserved = cache_prompts(cache, pipe, family, [data.class_prompt], identity=identity)
     if not adapter.train_text_encoder:
-        captions = [e.caption for e in [*instances, *classes]]
-        captions += [*validation.validation_prompt, *world, negative or ""]
+        captions = [e.caption for e in [*instances, *classes]] + [*validation.validation_prompt, *world]
         conditioning = cache_prompts(cache, pipe, family, captions, identity=identity) | preserved
-        shown, unrelated = (
-            ([conditioning[text] for text in texts], conditioning[negative or ""]) for texts, _ in (shown, unrelated)
-        )
+        if validation.validation_prompt:
+            without = cache_negative(cache, pipe, family, negative, identity=identity)
+            shown, unrelated = (([conditioning[text] for text in texts], without) for texts, _ in (shown, unrelated))
         for name in encoders:
             setattr(pipe, name, None)
     if not validation.validation_prompt:
@@ -123,10 +123,12 @@ def run(
 
     # ---- adapt
     modules = {family.denoiser: denoiser.to(device)}
-    inject_delora(denoiser, _denoiser_config(adapter), generator=_generator(seed, 0))
+    config = _denoiser_config(adapter, family.dead_layers(family.denoiser, denoiser))
+    inject_delora(denoiser, config, generator=_generator(seed, 0))
     for number, name in enumerate(encoders if adapter.train_text_encoder else [], start=1):
         modules[name] = getattr(pipe, name)
-        inject_delora(modules[name], _text_encoder_config(adapter), generator=_generator(seed, number))
+        config = _text_encoder_config(adapter, family.dead_layers(name, modules[name]))
+        inject_delora(modules[name], config, generator=_generator(seed, number))
     for name, module in modules.items():
         module.train()
         if training.gradient_checkpointing and name == family.denoiser:
@@ -178,7 +180,7 @@ def run(
         accelerator.init_trackers("delora_diffusion", config={k: str(v) for k, v in options.items()})
     examples = Examples(
         instances, classes, latents, data.resolution, conditioning, lambda texts: family.encode_prompt(pipe, texts),
-        preserved, data.base_preservation_weight,
+        preserved, data.base_preservation_weight, training.guidance_scale,
     )  # fmt: skip
     photos = sorted((e.content, e.caption) for e in [*instances, *classes])
     steps = train(
@@ -235,27 +237,41 @@ def _figures(out: Path, best: dict[str, Any] | None) -> str:
     return figure_table(rows, of="previews")
 
 
-def _denoiser_config(adapter: AdapterConfig) -> DeloraConfig:
+def _denoiser_config(adapter: AdapterConfig, dead: Sequence[str]) -> DeloraConfig:
     return DeloraConfig(
         r=adapter.rank, **_strength(adapter, adapter.delora_lambda), target_modules=adapter.target_modules,
-        exclude_modules=adapter.exclude_modules, rank_pattern=adapter.rank_pattern,
+        exclude_modules=excluding(adapter.exclude_modules, dead), rank_pattern=adapter.rank_pattern,
         lambda_pattern=adapter.lambda_pattern, module_dropout=adapter.module_dropout, bias=adapter.bias,
         init_weights=adapter.init_weights,
     )  # fmt: skip
 
 
-def _text_encoder_config(adapter: AdapterConfig) -> DeloraConfig:
-    """Targets and patterns name layers of the denoiser; in a text encoder it is the attention, or everything."""
+def _text_encoder_config(adapter: AdapterConfig, dead: Sequence[str]) -> DeloraConfig:
+    """Names and patterns of layers are the denoiser's; in a text encoder it is a preset, or the attention."""
     own = adapter.delora_lambda if adapter.text_encoder_lambda is None else adapter.text_encoder_lambda
     return DeloraConfig(
         r=adapter.text_encoder_rank or adapter.rank, **_strength(adapter, own),
-        target_modules=ALL_LINEAR if adapter.target_modules == ALL_LINEAR else None,
+        target_modules=adapter.target_modules if adapter.target_modules in (*PRESETS, ALL_LINEAR) else None,
+        exclude_modules=excluding(None, dead),
         module_dropout=adapter.module_dropout, init_weights=adapter.init_weights,
     )  # fmt: skip
 
 
 def _strength(adapter: AdapterConfig, delora_lambda: float | None) -> dict[str, float]:
     return {"relative_lambda": adapter.relative_lambda} if delora_lambda is None else {"delora_lambda": delora_lambda}
+
+
+def _timestep_sampling(training: TrainingConfig) -> TimestepSampling:
+    return TimestepSampling(
+        training.timestep_sampling, training.logit_mean, training.logit_std, training.mode_scale,
+        training.timestep_shift,
+    )  # fmt: skip
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Of a tokenizer, or of the processor around one."""
+    vocabulary: dict[str, int] = getattr(tokenizer, "tokenizer", tokenizer).get_vocab()
+    return vocabulary
 
 
 def _generator(seed: int, component: int) -> torch.Generator:

@@ -27,9 +27,10 @@ from delora_diffusion.batches import Examples
 from delora_diffusion.config import DataConfig, ModelConfig
 from delora_diffusion.data import instance_examples, load_image
 from delora_diffusion.draw import draw, quiet
-from delora_diffusion.encode import Cache, cache_latents, cache_prompts, normalise
+from delora_diffusion.encode import Cache, cache_latents, cache_prompts
 from delora_diffusion.encoders import embed_images, embed_texts, load_encoder
-from delora_diffusion.families import Conditioning, family_of, stack_conditioning
+from delora_diffusion.families import Conditioning, Setting, family_of, stack_conditioning
+from delora_diffusion.latents import normalise
 from delora_diffusion.metrics import drift, fidelity
 from delora_diffusion.objective import objective_of
 from delora_diffusion.seeds import derived_seed
@@ -166,7 +167,7 @@ class Bench:
         for first in range(0, len(t), CHUNK):
             part = slice(first, first + CHUNK)
             own = {name: value[part] for name, value in cond.items()}
-            parts.append(self.family.predict(denoiser, x_t[part], t[part], own))
+            parts.append(self.family.predict(denoiser, x_t[part], t[part], own, Setting(SIZE, SIZE, GUIDANCE)))
         return torch.cat(parts)
 
 

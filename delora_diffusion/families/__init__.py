@@ -1,0 +1,91 @@
+"""What differs between model families: one frozen `Family` each, and nothing about a family anywhere else.
+
+To add one: a `Family` value in `FAMILIES`, a `predict` of a few lines, and a tiny pipeline of it in the tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .dit import LUMINA2, PIXART, SANA, Z_IMAGE
+from .family import (
+    Conditioning,
+    Family,
+    FamilyError,
+    Setting,
+    from_tensors,
+    placed,
+    stack_conditioning,
+    to_tensors,
+)
+from .mmdit import FLUX, FLUX2, QWEN_IMAGE, STABLE_DIFFUSION_3
+from .unet import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
+
+__all__ = [
+    "FAMILIES",
+    "Conditioning",
+    "Family",
+    "FamilyError",
+    "Setting",
+    "check_trainable",
+    "family_named",
+    "family_of",
+    "from_tensors",
+    "placed",
+    "stack_conditioning",
+    "to_tensors",
+]
+
+FAMILIES = (
+    STABLE_DIFFUSION, STABLE_DIFFUSION_XL, STABLE_DIFFUSION_3, FLUX, FLUX2, PIXART, SANA, LUMINA2, QWEN_IMAGE, Z_IMAGE,
+)  # fmt: skip
+
+
+def family_of(pipe: Any) -> Family:
+    """The family of a diffusers pipeline, whether it can be trained with or only carries adapters.
+
+    Raises:
+        FamilyError: a pipeline of none of the supported families (they are listed).
+    """
+    return family_named(type(pipe).__name__)
+
+
+def family_named(name: str) -> Family:
+    """The family of a pipeline class called `name`.
+
+    Raises:
+        FamilyError: as `family_of`.
+    """
+    for family in FAMILIES:
+        if name in (*family.pipelines, *family.related):
+            return family
+    known = ", ".join(p for family in FAMILIES for p in (*family.pipelines, *family.related))
+    raise FamilyError(f"{name} is of no supported family; supported pipelines are {known}")
+
+
+def check_trainable(pipe: Any, *, resolution: int, train_text_encoder: bool) -> Family:
+    """The family of a pipeline that is to be trained with.
+
+    Raises:
+        FamilyError: a pipeline that only carries adapters, one without a component, a resolution it cannot take, or
+            text encoders that are not trained.
+    """
+    family, name = family_of(pipe), type(pipe).__name__
+    if name not in family.pipelines:
+        raise FamilyError(
+            f"{name} carries adapters but is not trained with; give a text-to-image base: "
+            f"{', '.join(family.pipelines)}"
+        )
+    for component in (family.denoiser, "vae", "scheduler"):
+        if getattr(pipe, component, None) is None:
+            raise FamilyError(f"the base has no {component}; give a complete {name}, with every folder that it lists")
+    multiple = family.multiple(pipe)
+    if resolution % multiple:
+        near = max(multiple, round(resolution / multiple) * multiple)
+        raise FamilyError(f"resolution is {resolution}; {name} needs a multiple of {multiple}, e.g. {near}")
+    if train_text_encoder and not family.trains_text:
+        raise FamilyError(
+            f"the text encoder of {family.name} is a large language model, which is not adapted; "
+            f"leave train_text_encoder out"
+        )
+    return family

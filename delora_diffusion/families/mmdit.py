@@ -1,0 +1,222 @@
+"""SD3, FLUX.1, FLUX.2 and Qwen-Image: transformers in which text and image tokens attend to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from .family import Conditioning, Family, Setting, call_defaults, encoder_device, refuse_negative
+
+_SD3_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_FLUX_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def _packed(x: Tensor) -> Tensor:
+    """(B, C, H, W) as tokens (B, HW / 4, 4C): one for each 2 x 2 square."""
+    return _tokens(pixel_unshuffle(x, 2))
+
+
+def _unpacked(tokens: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_packed` for an x of the size of `like` (B, C, H, W)."""
+    return pixel_shuffle(_grid(tokens, like.shape[2] // 2, like.shape[3] // 2), 2)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
+def _grid(tokens: Tensor, height: int, width: int) -> Tensor:
+    return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], height, width)
+
+
+def _coordinates(*sizes: int, like: Tensor) -> Tensor:
+    """Every place of a grid of these sizes, one row of coordinates each, the last dimension fastest."""
+    return torch.cartesian_prod(*(torch.arange(size, device=like.device) for size in sizes))
+
+
+def _guidance(denoiser: Any, setting: Setting, like: Tensor) -> Tensor | None:
+    if not denoiser.config.guidance_embeds:
+        return None
+    return torch.full([len(like)], setting.guidance, device=like.device, dtype=torch.float32)
+
+
+# ---- Stable Diffusion 3 and 3.5 -------------------------------------------------------------------
+
+
+def _encode_sd3(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+    embeds, _, pooled, _ = pipe.encode_prompt(
+        list(prompts), None, None, device=encoder_device(pipe, _SD3_ENCODERS), do_classifier_free_guidance=False
+    )
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def _negative_sd3(pipe: Any, prompt: str | None) -> Conditioning:
+    return _encode_sd3(pipe, [prompt or ""])
+
+
+def _predict_sd3(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
+    prediction: Tensor = denoiser(
+        hidden_states=x_t, timestep=t, encoder_hidden_states=cond["prompt_embeds"],
+        pooled_projections=cond["pooled_prompt_embeds"], return_dict=False,
+    )[0]  # fmt: skip
+    return prediction
+
+
+STABLE_DIFFUSION_3 = Family(
+    name="sd3",
+    pipelines=("StableDiffusion3Pipeline",),
+    related=(
+        "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", "StableDiffusion3ControlNetPipeline",
+        "StableDiffusion3ControlNetInpaintingPipeline", "StableDiffusion3PAGPipeline",
+    ),
+    denoiser="transformer",
+    text_encoders=_SD3_ENCODERS,
+    encode_prompt=_encode_sd3,
+    encode_negative=_negative_sd3,
+    predict=_predict_sd3,
+    sampling=lambda pipe: {"guidance_scale": 4.5, "num_inference_steps": 28},
+    patch=2,
+    # what the text tokens become in the last block is thrown away; only their keys and values count
+    dead={"transformer": (r"transformer_blocks\.{last}\.attn\.add_q_proj",)},
+)  # fmt: skip
+
+
+# ---- FLUX.1 ---------------------------------------------------------------------------------------
+
+
+def _encode_flux(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+    embeds, pooled, _ = pipe.encode_prompt(list(prompts), device=encoder_device(pipe, _FLUX_ENCODERS))
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def _predict_flux(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
+    embeds = cond["prompt_embeds"]
+    height, width = x_t.shape[2] // 2, x_t.shape[3] // 2
+    prediction = denoiser(
+        hidden_states=_packed(x_t), timestep=t.to(x_t.dtype) / 1000, guidance=_guidance(denoiser, setting, x_t),
+        pooled_projections=cond["pooled_prompt_embeds"], encoder_hidden_states=embeds,
+        txt_ids=_coordinates(1, 1, 1, like=x_t).to(x_t.dtype).repeat(embeds[0].shape[0], 1),
+        img_ids=_coordinates(1, height, width, like=x_t).to(x_t.dtype), return_dict=False,
+    )[0]  # fmt: skip
+    return _unpacked(prediction, x_t)
+
+
+FLUX = Family(
+    name="flux.1",
+    pipelines=("FluxPipeline",),
+    related=(
+        "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxFillPipeline", "FluxKontextPipeline",
+        "FluxKontextInpaintPipeline", "FluxControlPipeline", "FluxControlImg2ImgPipeline",
+        "FluxControlInpaintPipeline", "FluxControlNetPipeline", "FluxControlNetImg2ImgPipeline",
+        "FluxControlNetInpaintPipeline",
+    ),
+    denoiser="transformer",
+    text_encoders=_FLUX_ENCODERS,
+    encode_prompt=_encode_flux,
+    encode_negative=refuse_negative,
+    predict=_predict_flux,
+    sampling=lambda pipe: (
+        {"guidance_scale": 3.5, "num_inference_steps": 28}
+        if pipe.transformer.config.guidance_embeds  # dev; schnell is made for four steps
+        else {"guidance_scale": 0.0, "num_inference_steps": 4}
+    ),
+    patch=2,
+)  # fmt: skip
+
+
+# ---- FLUX.2 ---------------------------------------------------------------------------------------
+
+
+def _encode_flux2(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+    embeds, _ = pipe.encode_prompt(list(prompts), device=encoder_device(pipe, ("text_encoder",)))
+    return {"prompt_embeds": embeds}
+
+
+def _negative_flux2(pipe: Any, prompt: str | None) -> Conditioning | None:
+    """klein's pipeline guides against an empty prompt; dev's, which is guidance-distilled, against none."""
+    refuse_negative(pipe, prompt)
+    return _encode_flux2(pipe, [""]) if "Klein" in type(pipe).__name__ else None
+
+
+def _predict_flux2(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
+    embeds, (height, width) = cond["prompt_embeds"], x_t.shape[2:]
+    prediction = denoiser(
+        hidden_states=_tokens(x_t), timestep=t.to(x_t.dtype) / 1000, guidance=_guidance(denoiser, setting, x_t),
+        encoder_hidden_states=embeds,
+        txt_ids=_coordinates(1, 1, 1, embeds[0].shape[0], like=x_t).expand(len(x_t), -1, -1),
+        img_ids=_coordinates(1, height, width, 1, like=x_t).expand(len(x_t), -1, -1), return_dict=False,
+    )[0]  # fmt: skip
+    return _grid(prediction, height, width)
+
+
+FLUX2 = Family(
+    name="flux.2",
+    pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+    related=("Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline"),
+    denoiser="transformer",
+    text_encoders=("text_encoder",),
+    encode_prompt=_encode_flux2,
+    encode_negative=_negative_flux2,
+    predict=_predict_flux2,
+    sampling=lambda pipe: (
+        {"guidance_scale": 1.0, "num_inference_steps": 4}
+        if pipe.config.get("is_distilled")
+        else {"guidance_scale": 4.0, "num_inference_steps": 50}
+    ),
+    trains_text=False,
+)
+
+
+# ---- Qwen-Image -----------------------------------------------------------------------------------
+
+
+def _encode_qwen(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+    embeds, mask = pipe.encode_prompt(
+        list(prompts), device=pipe.text_encoder.device, **call_defaults(pipe, "max_sequence_length")
+    )
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
+    return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+
+
+def _negative_qwen(pipe: Any, prompt: str | None) -> Conditioning:
+    """The pipeline guides only against a negative prompt that is given; a space is what its authors give."""
+    return _encode_qwen(pipe, [prompt or " "])
+
+
+def _predict_qwen(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
+    mask: Any = cond["prompt_embeds_mask"]
+    prediction = denoiser(
+        hidden_states=_packed(x_t), timestep=t.to(x_t.dtype) / 1000, guidance=_guidance(denoiser, setting, x_t),
+        encoder_hidden_states_mask=None if mask.all() else mask, encoder_hidden_states=cond["prompt_embeds"],
+        img_shapes=[[(1, x_t.shape[2] // 2, x_t.shape[3] // 2)]] * len(x_t), return_dict=False,
+    )[0]  # fmt: skip
+    return _unpacked(prediction, x_t)
+
+
+QWEN_IMAGE = Family(
+    name="qwen-image",
+    pipelines=("QwenImagePipeline",),
+    related=(
+        "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline",
+        "QwenImageEditInpaintPipeline", "QwenImageControlNetPipeline", "QwenImageControlNetInpaintPipeline",
+        "QwenImageLayeredPipeline",
+    ),
+    denoiser="transformer",
+    text_encoders=("text_encoder",),
+    encode_prompt=_encode_qwen,
+    encode_negative=_negative_qwen,
+    predict=_predict_qwen,
+    sampling=lambda pipe: {"guidance_scale": 4.0, "num_inference_steps": 50},
+    guidance="true_cfg_scale",
+    patch=2,
+    trains_text=False,
+    dead={
+        "transformer": (
+            r"transformer_blocks\.{last}\.attn\.(?:add_q_proj|to_add_out)", r"transformer_blocks\.{last}\.txt_mlp\..*",
+        )
+    },
+)  # fmt: skip

@@ -1,0 +1,87 @@
+"""Stable Diffusion 1 and 2, and SDXL: UNets that attend to CLIP's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .family import Conditioning, Family, Setting, encoder_device
+
+_XL_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def _encode_sd(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+    embeds, _ = pipe.encode_prompt(list(prompts), pipe.text_encoder.device, 1, False)
+    return {"prompt_embeds": embeds}
+
+
+def _negative_sd(pipe: Any, prompt: str | None) -> Conditioning:
+    return _encode_sd(pipe, [prompt or ""])
+
+
+def _predict_sd(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
+    prediction: Tensor = denoiser(x_t, t, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]
+    return prediction
+
+
+def _encode_xl(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+    device = encoder_device(pipe, _XL_ENCODERS)
+    embeds, _, pooled, _ = pipe.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def _negative_xl(pipe: Any, prompt: str | None) -> Conditioning:
+    """Without a negative prompt SDXL's pipeline uses zeros, not the encoding of an empty text."""
+    _, embeds, _, pooled = pipe.encode_prompt("", device=encoder_device(pipe, _XL_ENCODERS), negative_prompt=prompt)
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def _predict_xl(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
+    size = [setting.height, setting.width]
+    time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=x_t.dtype, device=x_t.device).repeat(len(x_t), 1)
+    prediction: Tensor = denoiser(
+        x_t, t, encoder_hidden_states=cond["prompt_embeds"],
+        added_cond_kwargs={"text_embeds": cond["pooled_prompt_embeds"], "time_ids": time_ids}, return_dict=False,
+    )[0]  # fmt: skip
+    return prediction
+
+
+STABLE_DIFFUSION = Family(
+    name="stable-diffusion",
+    pipelines=("StableDiffusionPipeline",),
+    related=(
+        "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionInstructPix2PixPipeline",
+        "StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline", "StableDiffusionPAGPipeline",
+    ),
+    denoiser="unet",
+    text_encoders=("text_encoder",),
+    encode_prompt=_encode_sd,
+    encode_negative=_negative_sd,
+    predict=_predict_sd,
+    sampling=lambda pipe: {"guidance_scale": 7.5, "num_inference_steps": 25},
+    half="fp16",
+)  # fmt: skip
+
+STABLE_DIFFUSION_XL = Family(
+    name="sdxl",
+    pipelines=("StableDiffusionXLPipeline",),
+    related=(
+        "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLInstructPix2PixPipeline", "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline", "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLPAGPipeline",
+    ),
+    denoiser="unet",
+    text_encoders=_XL_ENCODERS,
+    encode_prompt=_encode_xl,
+    encode_negative=_negative_xl,
+    predict=_predict_xl,
+    sampling=lambda pipe: {"guidance_scale": 5.0, "num_inference_steps": 30},
+    half="fp16",
+    # the second encoder gives the pooled embedding; of the first, the layer before the last is read, and no more
+    dead={"text_encoder": (r"(?:text_model\.)?encoder\.layers\.{last}\..*",)},
+)  # fmt: skip

@@ -1,0 +1,98 @@
+"""Drawing. Oracle: the pipeline's own call with the same prompts, seeds and settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from delora_diffusion.draw import draw
+from delora_diffusion.encode import Cache, cache_negative
+from delora_diffusion.families import FamilyError, family_of
+
+from . import tiny
+from .test_families import PROMPTS, size_of
+from .tiny_families import BUILDERS, build
+
+SEEDS = [3, 4]
+NEGATIVE = "ZZ TOP! 0123456789, other letters than above" * 3
+NO_NEGATIVE = {"flux.1-dev", "flux.1-schnell", "flux.2-dev", "flux.2-klein"}
+
+
+def called(kind: str, pipe: Any, **settings: Any) -> list[Any]:
+    """The pipeline's own images, at the family's usual guidance."""
+    height, width = size_of(kind)
+    family = family_of(pipe)
+    usual = family.sampling(pipe) | {"num_inference_steps": 2}
+    usual[family.guidance] = usual.pop("guidance_scale")
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    images: list[Any] = pipe(
+        prompt=list(PROMPTS), generator=generators, height=height, width=width, **usual | settings
+    ).images
+    return images
+
+
+def same(ours: list[Any], theirs: list[Any]) -> bool:
+    pairs = [(tiny.as_array(a), tiny.as_array(b)) for a, b in zip(ours, theirs, strict=True)]
+    assert all(a.shape == b.shape and a.std() > 1 for a, b in pairs)
+    return all(np.abs(a - b).max() <= 1 for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_what_is_drawn_is_what_the_pipeline_draws(kind: str, tmp_path: Path) -> None:
+    """From texts, from conditionings with the text encoders gone, and with a negative prompt."""
+    pipe = build(kind, tmp_path)
+    family, (height, width) = family_of(pipe), size_of(kind)
+    asked = {"height": height, "width": width, "num_inference_steps": 2}
+    negative: dict[str, Any] = {"negative_prompt": [" "] * 2} if kind == "qwen-image" else {}
+    theirs = called(kind, pipe, **negative)
+    assert same(draw(pipe, PROMPTS, SEEDS, **asked), theirs)
+
+    refused = None
+    if kind in NO_NEGATIVE:
+        with pytest.raises(FamilyError, match="takes no negative prompt"):
+            draw(pipe, PROMPTS, SEEDS, negative=NEGATIVE, **asked)
+    else:
+        refused = called(kind, pipe, negative_prompt=[NEGATIVE] * 2)
+        assert same(draw(pipe, PROMPTS, SEEDS, negative=NEGATIVE, **asked), refused)
+        assert not same(refused, theirs), "it matters"
+
+    with torch.no_grad():
+        conds = [family.encode_prompt(pipe, [prompt]) for prompt in PROMPTS]
+    against = cache_negative(Cache(tmp_path), pipe, family, None, identity="")
+    for name in family.text_encoders:
+        setattr(pipe, name, None)
+    assert same(draw(pipe, conds, SEEDS, negative=against, **asked), theirs)
+
+
+def test_guidance_and_steps_are_the_familys_usual_unless_given(tmp_path: Path) -> None:
+    pipe = build("sd", tmp_path)
+    asked: list[dict[str, Any]] = []
+    step = pipe.scheduler.set_timesteps
+    pipe.scheduler.set_timesteps = lambda *args, **kw: [asked.append({"steps": args[0]}), step(*args, **kw)][1]
+    draw(pipe, ["a"], [0], height=16, width=16)
+    draw(pipe, ["a"], [0], height=16, width=16, num_inference_steps=3)
+    assert [found["steps"] for found in asked] == [25, 3]
+    size = {"height": 16, "width": 16, "num_inference_steps": 2}
+    usual, same_one, other = (draw(pipe, ["a"], [0], guidance_scale=g, **size)[0] for g in (None, 7.5, 2.0))
+    assert np.array_equal(tiny.as_array(usual), tiny.as_array(same_one))
+    assert not np.array_equal(tiny.as_array(usual), tiny.as_array(other))
+
+
+@pytest.mark.parametrize("kind", ["sd", "flux.2-klein", "qwen-image", "sana"])
+def test_the_vae_decodes_in_its_own_precision(kind: str, tmp_path: Path) -> None:
+    """Also under autocast, and the VAE is as it was afterwards."""
+    pipe = build(kind, tmp_path)
+    getattr(pipe, family_of(pipe).denoiser).to(torch.bfloat16)
+    for name in family_of(pipe).text_encoders:
+        getattr(pipe, name).to(torch.bfloat16)
+    inside: list[torch.dtype] = []
+    hook = next(m for m in pipe.vae.decoder.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d))
+    hook.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
+    height, width = size_of(kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        draw(pipe, ["a"], [0], height=height, width=width, num_inference_steps=1)
+    assert inside == [torch.float32] and "decode" not in vars(pipe.vae)

@@ -1,0 +1,126 @@
+"""Every family end to end: the real script, resume, the native file loaded back, the batch sampler."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from delora_diffusion import load_delora_weights, load_pipeline, read_adapter
+from delora_diffusion.adapter_file import FILE_NAME
+from delora_diffusion.cli import main as delora
+from delora_diffusion.draw import draw
+from delora_diffusion.families import family_of
+
+from . import tiny
+from .test_train import load_script, same, tensors
+from .tiny_families import BUILDERS, build
+
+USUAL = {"sdxl", "sd3.5", "flux.1-dev"}  # Stable Diffusion itself is in test_train.py and test_sample.py
+RARER = [pytest.param(kind, marks=pytest.mark.slow) for kind in BUILDERS if kind not in USUAL]
+SIDE = {"lumina2": 64, "sana": 32}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def train(base: Path, photos: Path, out: Path, side: int, *extra: str, code: int = 0) -> Path:
+    AcceleratorState._reset_state(True)
+    options = {
+        "pretrained_model_name_or_path": base, "instance_data_dir": photos, "instance_prompt": "a sks dog",
+        "resolution": side, "rank": 2, "output_dir": out, "max_train_steps": 4, "validation_num_inference_steps": 2,
+        "num_validation_images": 1, "checkpointing_steps": 2, "learning_rate": 0.01,
+    }  # fmt: skip
+    assert load_script().main([*(f"--{key}={value}" for key, value in options.items()), *extra]) == code
+    return out
+
+
+@pytest.mark.parametrize("kind", [*sorted(USUAL), *RARER])
+def test_a_family_trains_resumes_loads_and_samples(kind: str, photos: Path, tmp_path: Path) -> None:
+    side, base = SIDE.get(kind, 16), tmp_path / "base"
+    build(kind, tmp_path / "parts").save_pretrained(base)
+    text = ["--train_text_encoder"] if kind in USUAL else []
+    options = [*text, "--gradient_checkpointing", "--validation_prompt=a sks dog on snow"]
+
+    straight = train(base, photos, tmp_path / "straight", side, *options)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
+    train(base, photos, resumed, side, *options, "--resume_from_checkpoint=latest")
+    assert same(tensors(straight), tensors(resumed))
+    assert Image.open(straight / "before_after.png").size[0] > 100
+
+    # ---- the file: loaded into a plain pipeline it acts, fused or beside the weights
+    pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    asked: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": 2}
+    before = draw(pipe, ["a sks dog"], [0], **asked)[0]
+    report = load_delora_weights(pipe, straight)
+    adapter = read_adapter(straight)
+    assert report.layers == {part: len(config_layers(found)) for part, found in adapter.tensors.items()}
+    assert set(adapter.tensors) == set(family_of(pipe).components() if text else [family_of(pipe).denoiser])
+    beside = draw(pipe, ["a sks dog"], [0], **asked)[0]
+    fused_pipe = load_pipeline(base, straight / FILE_NAME)
+    fused_pipe.set_progress_bar_config(disable=True)
+    fused = draw(fused_pipe, ["a sks dog"], [0], **asked)[0]
+    assert abs(tiny.as_array(beside) - tiny.as_array(fused)).max() <= 1
+    assert abs(tiny.as_array(beside) - tiny.as_array(before)).max() >= 1, "four steps with a large learning rate"
+
+    # ---- the sampler
+    out = tmp_path / "samples"
+    command = ["sample", f"--adapter={straight}", "--prompts", "a sks dog", "x", f"--output_dir={out}",
+               f"--height={side}", f"--width={side}", "--num_inference_steps=2", "--device=cpu"]  # fmt: skip
+    assert delora(command) == 0
+    rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    drawn = [Image.open(out / row["file"]) for row in rows if row["prompt"] == "a sks dog"]
+    assert len(rows) == 2 and abs(tiny.as_array(drawn[0]) - tiny.as_array(beside)).max() <= 1
+
+
+def config_layers(found: dict[str, torch.Tensor]) -> set[str]:
+    return {name.rpartition(".")[0] for name in found}
+
+
+def test_dead_layers_are_left_out_and_no_layer_stays_silent(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build("sd3.5", tmp_path / "parts").save_pretrained(tmp_path / "base")
+    out = train(
+        tmp_path / "base", photos, tmp_path / "out", 16, "--target_modules=attention+ff", "--max_train_steps=1"
+    )
+    names = config_layers(read_adapter(out).tensors["transformer"])
+    assert "transformer_blocks.1.attn.add_q_proj" in names and "transformer_blocks.2.attn.add_q_proj" not in names
+    assert "transformer_blocks.0.ff_context.net.2" in names and not any(
+        "no gradient" in r.message for r in caplog.records
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, extra, said",
+    [
+        ("flux.1-schnell", ["--resolution=18"], "resolution is 18; it must be a multiple of 8"),
+        ("flux.2-klein", ["--train_text_encoder"], "the text encoder of flux.2 is a large language model"),
+        ("flux.1-schnell", ["--validation_prompt=a", "--validation_negative_prompt=b"], "takes no negative prompt"),
+        ("sdxl", ["--timestep_shift=3"], "timestep_shift is for flow matching"),
+    ],
+)
+def test_what_a_family_cannot_do_is_told_before_anything_is_written(
+    kind: str, extra: list[str], said: str, photos: Path, tmp_path: Path, caplog: Any, capsys: Any
+) -> None:
+    build(kind, tmp_path / "parts").save_pretrained(tmp_path / "base")
+    try:
+        train(tmp_path / "base", photos, tmp_path / "out", 16, *extra, code=1)
+    except SystemExit as stop:
+        assert stop.code == 2
+    assert said in caplog.text + capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
