@@ -69,7 +69,7 @@ def test_the_first_command_trains_the_pocket_subject(trained: Path) -> None:
 def test_the_python_code_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     found = blocks("python")
-    assert len(found) == 3
+    assert len(found) == 4
     for code in found:
         exec(compile(code.replace('beach")', 'beach", num_inference_steps=2)'), "README.md", "exec"), {})
 

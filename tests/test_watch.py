@@ -19,6 +19,7 @@ from delora_diffusion.adapter_file import FILE_NAME
 from delora_diffusion.config import ValidationConfig
 from delora_diffusion.encoders import EncoderError, embed_images, embed_texts, load_encoder
 from delora_diffusion.journal import Journal, Look, block_names, figures_by_step, read_log
+from delora_diffusion.lora_names import LORA_FILE_NAME
 from delora_diffusion.options import OptionError
 from delora_diffusion.state import current_lambdas
 from delora_diffusion.watch import Standing, Watch, figures_of, load_gauge, protocol_of, read_best, score_of, standing
@@ -312,7 +313,7 @@ def test_the_best_goes_with_the_run_that_is_replaced(run: Run) -> None:
     assert same(tensors(out / "best"), tensors(out))
     run("out", "--overwrite_output_dir", "--max_train_steps=1")
     assert sorted(path.name for path in out.iterdir()) == [
-        "README.md", "config.yaml", FILE_NAME, "log.jsonl", "training.png",
+        "README.md", "config.yaml", FILE_NAME, "log.jsonl", LORA_FILE_NAME, "training.png",
     ]  # fmt: skip
 
 
