@@ -8,6 +8,7 @@ share of the run that is done, not on the number of steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,15 +75,17 @@ def make_optimizer(modules: Mapping[str, nn.Module], training: TrainingConfig) -
 
 @torch.no_grad()
 def set_lengths(modules: Mapping[str, nn.Module], training: TrainingConfig) -> None:
-    """Scale the initial A and B to entries with an RMS of learning_rate * max_train_steps / direction_turn.
+    """Scale the initial A and B to entries with an RMS of learning_rate * sqrt(max_train_steps) / direction_turn.
 
-    Zeros stay, and no update changes. Adam moves an entry by at most about learning_rate a step, so over the whole
-    run a direction can turn by about `direction_turn` radians, whatever the learning rate, the width of the layer and
-    the number of steps. Prodigy, which finds a rate of its own, and direction_turn 0 keep the lengths of the start.
+    Zeros stay, and no update changes. Adam moves an entry by at most about learning_rate a step, mostly to and fro, so
+    over the whole run noise turns a direction by about `direction_turn` radians, whatever the learning rate, the width
+    of the layer and the number of steps. (With max_train_steps in place of its square root, longer runs turn less and
+    grew 5 % less like the subject; see tests/benchmarks.) Prodigy, which finds a rate of its own, and direction_turn 0
+    keep the lengths of the start.
     """
     if training.optimizer == "prodigy" or not training.direction_turn or not training.learning_rate:
         return
-    length = training.learning_rate * training.max_train_steps / training.direction_turn
+    length = training.learning_rate * math.sqrt(training.max_train_steps) / training.direction_turn
     for module in modules.values():
         for adapter in (child for child in module.modules() if isinstance(child, DeloraAdapter)):
             for name in ("delora_A", "delora_B"):

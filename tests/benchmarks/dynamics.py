@@ -101,8 +101,8 @@ def full_plan() -> list[Run]:
     stages += [{"method": SHIPPED, "learning_rate": 1e-3, **long}]
     stages += [{"method": "PEFT DoRA", "learning_rate": rate, "seeds": (0,)} for rate in (1e-3, 3e-3, 1e-2)]
     choices: list[dict[str, Any]] = [
-        {"relative_lambda": 0.025}, {"relative_lambda": 0.1}, {"init_weights": "paired", "direction_turn": 3.0},
-        {"init_weights": "residual", "direction_turn": 3.0}, {"lambda_learning_rate": 1e-3},
+        {"relative_lambda": 0.025}, {"relative_lambda": 0.1}, {"init_weights": "paired", "direction_turn": 0.3},
+        {"init_weights": "residual", "direction_turn": 0.3}, {"lambda_learning_rate": 1e-3},
         {"lambda_warmup_steps": 0}, {"with_base_preservation": True},
     ]  # fmt: skip
     stages += [{"method": OURS, "options": tuple(choice.items())} for choice in choices]
