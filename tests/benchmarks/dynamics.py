@@ -94,8 +94,8 @@ def full_plan() -> list[Run]:
     stages += [{"method": LORA, "learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)]
     stages += [{"method": SHIPPED, "learning_rate": 1e-3}, {"method": OURS, "steps": 10 * ONCE}]
     stages += [{"method": OURS, "learning_rate": rate} for rate in (1e-3 / 32, 1e-3 * 32)]
-    stages += [{"method": SHIPPED, "learning_rate": rate} for rate in (1e-4, 1e-2)]
-    stages += [{"method": LORA, "learning_rate": rate} for rate in (3e-4, 3e-2)]
+    stages += [{"method": SHIPPED, "learning_rate": rate} for rate in (1e-4, 1e-2, 1e-1)]
+    stages += [{"method": LORA, "learning_rate": rate} for rate in (1e-4, 3e-4, 3e-2, 1e-1)]
     long = {"steps": 10 * ONCE, "also": (4 * ONCE,), "seeds": (0,)}
     stages += [{"method": LORA, "learning_rate": 3e-3, **long}, {"method": OURS, "steps": 4 * ONCE}]
     stages += [{"method": SHIPPED, "learning_rate": 1e-3, **long}]
