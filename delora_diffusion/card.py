@@ -56,7 +56,8 @@ def write_card(
         "tags": ["delora", "dreambooth", "text-to-image", "diffusers"],
         **({"instance_prompt": trigger} if trigger else {}),
     }
-    told = ("rank", "delora_lambda", "init_weights", "learning_rate", "lambda_learning_rate", "max_train_steps",
+    told = ("rank", "delora_lambda" if options.get("delora_lambda") is not None else "relative_lambda", "init_weights",
+            "learning_rate", "lambda_learning_rate", "max_train_steps",
             "train_batch_size", "resolution", "train_text_encoder", "with_prior_preservation", "seed")  # fmt: skip
     lines = [
         "---",

@@ -18,6 +18,13 @@ from delora_diffusion.cli import main
 from delora_diffusion.inspection import inspect_adapter, relative_update
 
 
+@pytest.mark.parametrize("given, shown", [(None, "| relative_lambda | 0.05 |"), (4.0, "| delora_lambda | 4.0 |")])
+def test_the_card_tells_the_strength_that_was_used(tmp_path: Path, given: float | None, shown: str) -> None:
+    options = {"relative_lambda": 0.05, "delora_lambda": given}
+    card = write_card(tmp_path, base_model="b", trigger=None, options=options, pipeline="P", pictures=[]).read_text()
+    assert shown in card and card.count("_lambda |") == 1
+
+
 def test_the_card_is_one_the_hub_reads(tmp_path: Path) -> None:
     options = {"rank": 16, "learning_rate": 1e-3, "seed": 0}
     path = write_card(tmp_path / "my-dog", base_model="some/base", trigger="a sks dog", options=options,
