@@ -40,6 +40,7 @@ from torch import nn
 from delora_diffusion.base import quiet_libraries
 from delora_diffusion.config import AdapterConfig, TrainingConfig
 from delora_diffusion.inject import inject_delora
+from delora_diffusion.journal import Look, read_log
 from delora_diffusion.seeds import derived_seed
 from delora_diffusion.targets import DeloraConfig
 from delora_diffusion.train import step_gradients, train
@@ -167,9 +168,10 @@ def train_ours(bench: Bench, run: Run) -> Iterator[tuple[int, nn.Module, dict[st
     inject_delora(denoiser, config, generator=torch.Generator().manual_seed(derived_seed(run.seed, "init", 0)))
     shares: dict[str, float] = {}
 
-    def look(step: int) -> None:
+    def look(step: int) -> Look:
         if 0 < step < run.steps:
             shares[str(step)] = bench.share(denoiser)
+        return Look()
 
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingConfig(output_dir=folder, checkpointing_steps=0,
@@ -178,7 +180,7 @@ def train_ours(bench: Bench, run: Run) -> Iterator[tuple[int, nn.Module, dict[st
             Accelerator(cpu=True), {"unet": denoiser}, examples, bench.family, bench.objective, adapter=adapter,
             training=training, options={}, identity={}, preview=look, preview_steps=max(1, run.steps // 4),
         )  # fmt: skip
-        first = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[0])
+        first = next(line for line in read_log(Path(folder) / "log.jsonl") if "loss" in line)
     yield run.steps, denoiser, {"1": first["update_norm"], **shares}
 
 
