@@ -29,16 +29,11 @@ class Examples:
     instances: Sequence[Example]
     classes: Sequence[Example]
     latents: dict[str, Encoded]
-    size: int
     conditioning: dict[str, Conditioning] | None
     encode: Callable[[Sequence[str]], Conditioning]
     preserved: Mapping[str, Conditioning] = field(default_factory=dict)
     preservation_weight: float = 1.0
     guidance: float = 3.5
-
-    def setting(self) -> Setting:
-        """What the denoiser is told about the pictures."""
-        return Setting(self.size, self.size, self.guidance)
 
 
 @dataclass(frozen=True)
@@ -87,11 +82,26 @@ def batch_loss(
 ) -> Tensor:
     """The part of a step's loss that falls on `batch`: sum_i weight_i |prediction_i - target_i|^2 / total_weight.
 
-    The target of a preserved place is the prediction with all adapters disabled.
+    Pictures of one size go through the denoiser together. The target of a preserved place is the prediction with all
+    adapters disabled.
 
     Args:
         total_weight: summed example weights of the whole step, over all batches and processes.
     """
+    sizes = dict.fromkeys(p.view.size for p in batch)
+    losses = [
+        _weighted_errors([p for p in batch if p.view.size == size], examples, denoiser, family, objective,
+                         snr_gamma=snr_gamma, device=device).sum()
+        for size in sizes
+    ]  # fmt: skip
+    return torch.stack(losses).sum() / total_weight
+
+
+def _weighted_errors(
+    batch: Sequence[Pick], examples: Examples, denoiser: nn.Module, family: Family, objective: Objective, *,
+    snr_gamma: float | None, device: torch.device,
+) -> Tensor:  # fmt: skip
+    """weight_i |prediction_i - target_i|^2 (B,) of pictures of one size."""
     latents, noise, t = (
         torch.cat(parts)
         for parts in zip(*(_sampled(p, examples, objective, family.patch) for p in batch), strict=True)
@@ -102,7 +112,7 @@ def batch_loss(
         cond = examples.encode(captions)
     else:
         cond = stack_conditioning([examples.conditioning[caption] for caption in captions])
-    setting = examples.setting()
+    setting = Setting(*batch[0].view.size, examples.guidance)
     prediction = _predicted(denoiser, family, x_t, t, cond, setting, device).float()
     target = target.to(device)
     if any(kept := [p.preserved for p in batch]):
@@ -110,8 +120,7 @@ def batch_loss(
         with torch.no_grad(), delora_disabled(denoiser):
             target[kept] = _predicted(denoiser, family, x_t[kept], t[kept], base_cond, setting, device).float()
     weight = torch.tensor([p.example.weight for p in batch]) * objective.snr_weight(t, snr_gamma)
-    error = (prediction - target).square().flatten(1).mean(1)
-    return (weight.to(device) * error).sum() / total_weight
+    return weight.to(device) * (prediction - target).square().flatten(1).mean(1)
 
 
 def _predicted(
@@ -125,7 +134,7 @@ def _predicted(
 def _sampled(pick: Pick, examples: Examples, objective: Objective, patch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Latents drawn from the posterior (1, C, h, w), noise (1, C, h, w) and timestep (1,) of one place."""
     generator = torch.Generator().manual_seed(pick.seed)
-    posterior = examples.latents[pick.example.key(pick.view, examples.size)]
+    posterior = examples.latents[pick.example.key(pick.view)]
     shape = posterior["mean"].shape
     latents = posterior["mean"] + posterior["std"] * torch.randn(shape, generator=generator)
     noise, tokens = torch.randn(shape, generator=generator), shape[-2] * shape[-1] // patch**2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .buckets import bucket_sizes
 from .objective import TIMESTEP_SAMPLINGS
 from .options import OptionError, at_least, option
 from .prompts import UNRELATED_PROMPTS
@@ -98,6 +99,11 @@ class DataConfig:
     resolution: int = option(
         512, "side of the training pictures in pixels; photos are resized to cover it and cropped"
     )
+    aspect_ratio_buckets: str | None = option(
+        None,
+        'train on photos in their own shapes: auto (about resolution^2 pixels each), or sizes "height,width;..."; '
+        "unset: squares",
+    )
     center_crop: bool = option(True, "crop the middle; --no-center_crop cuts `num_crops` places at random instead")
     num_crops: int = option(4, "crops of each photo with --no-center_crop")
     random_flip: bool = option(False, "mirror photos at random (not for text, logos or asymmetric subjects)")
@@ -124,6 +130,7 @@ class DataConfig:
         if self.resolution < 8 or self.resolution % 8:
             near = max(8, round(self.resolution / 8) * 8)
             raise OptionError(f"resolution is {self.resolution}; it must be a multiple of 8, e.g. {near}")
+        bucket_sizes(self.resolution, self.aspect_ratio_buckets)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .buckets import Size, bucket_sizes, largest_part, nearest_size
 from .config import DataConfig
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+CROPPED = 0.2  # share of a photo whose loss is worth a word
 
 
 class DataError(ValueError):
@@ -24,15 +26,17 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class View:
-    """One way to look at a photo: a square of it, possibly mirrored.
+    """One way to look at a photo: a part of it, resized, possibly mirrored.
 
     Attributes:
         box: (left, top, right, bottom) in pixels of the upright photo.
         flip: whether it is mirrored left to right.
+        size: (height, width) in pixels that the part is resized to.
     """
 
-    box: tuple[float, float, float, float]
+    box: tuple[int, int, int, int]
     flip: bool
+    size: Size
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,13 @@ class Example:
     views: tuple[View, ...]
     content: str  # hash of the file's bytes
 
-    def key(self, view: View, size: int) -> str:
-        """Names the pixels of `view` at `size`, whatever the file is called."""
-        return f"{self.content}:{view.box}:{view.flip}:{size}"
+    def key(self, view: View) -> str:
+        """Names the pixels of `view`, whatever the file is called."""
+        return f"{self.content}:{view.box}:{view.flip}:{view.size}"
 
-    def pixels(self, view: View, size: int) -> Tensor:
-        """The view as (3, size, size) fp32 in -1 .. 1."""
-        image = load_image(self.path).resize((size, size), Image.Resampling.LANCZOS, box=view.box)
+    def pixels(self, view: View) -> Tensor:
+        """The view as (3, height, width) fp32 in -1 .. 1."""
+        image = load_image(self.path).resize(view.size[::-1], Image.Resampling.LANCZOS, box=view.box)
         if view.flip:
             image = ImageOps.mirror(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
@@ -194,28 +198,46 @@ def _read_metadata(path: Path) -> dict[str, str]:
     return captions
 
 
+def told_sizes(examples: Sequence[Example], config: DataConfig) -> str:
+    """How many examples there are of each size, how much is cut off the one that loses most, and what would help."""
+    counts: dict[Size, int] = {}
+    lost = []
+    for example in examples:
+        view = example.views[0]
+        counts[view.size] = counts.get(view.size, 0) + 1
+        width, height = load_image(example.path).size
+        left, top, right, bottom = view.box
+        lost.append((1 - (right - left) * (bottom - top) / (width * height), example.path.name))
+    share, name = max(lost)
+    sizes = ", ".join(f"{width} x {height}: {count}" for (height, width), count in sorted(counts.items()))
+    told = f"photos by size (width x height): {sizes}; at most {share:.0%} is cut off ({name})"
+    helps = config.aspect_ratio_buckets is None and share > CROPPED
+    return told + ("; aspect_ratio_buckets auto keeps more of them" if helps else "")
+
+
 def _example(path: Path, caption: str, weight: float, config: DataConfig, *, seed: int) -> Example:
     width, height = load_image(path).size
     content = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    size = nearest_size(width, height, bucket_sizes(config.resolution, config.aspect_ratio_buckets))
     views = tuple(
-        View(box, flip)
-        for box in _boxes(width, height, config, seed=seed, content=content)
+        View(box, flip, size)
+        for box in _boxes(width, height, size, config, seed=seed, content=content)
         for flip in ((False, True) if config.random_flip else (False,))
     )
     return Example(path, caption, weight, views, content)
 
 
 def _boxes(
-    width: int, height: int, config: DataConfig, *, seed: int, content: str
-) -> list[tuple[float, float, float, float]]:
-    """Largest squares of the photo: the middle one, or `num_crops` at random places along its longer side."""
-    side = min(width, height)
-    if config.center_crop or width == height:
+    width: int, height: int, size: Size, config: DataConfig, *, seed: int, content: str
+) -> list[tuple[int, int, int, int]]:
+    """Largest parts of the photo in the shape of `size`: the middle one, or `num_crops` at random places."""
+    wide, high = largest_part(width, height, size)
+    if config.center_crop or (wide, high) == (width, height):
         offsets = [0.5]
     else:
         generator = torch.Generator().manual_seed(seed + int(content[:8], 16))
         offsets = torch.rand(config.num_crops, generator=generator).tolist()
     return [
-        (left := round((width - side) * offset), top := round((height - side) * offset), left + side, top + side)
+        (left := round((width - wide) * offset), top := round((height - high) * offset), left + wide, top + high)
         for offset in offsets
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .data import DataError, Example
+from .data import DataError, Example, View
 from .families import Conditioning, Family, from_tensors, to_tensors
 from .files import complete_file
 from .latents import posterior
@@ -89,7 +89,6 @@ def cache_latents(
     vae: Any,
     examples: Iterable[Example],
     *,
-    size: int,
     identity: str,
     progress: Callable[[Any], Any] = iter,
 ) -> dict[str, Encoded]:
@@ -106,13 +105,13 @@ def cache_latents(
     """
     found = {}
     for example, view in progress([(e, v) for e in examples for v in e.views]):
-        key = example.key(view, size)
-        found[key] = cache.get(f"latents:{key}:{identity}", lambda e=example, v=view: _posterior(vae, e, v, size))  # type: ignore[misc]
+        key = example.key(view)
+        found[key] = cache.get(f"latents:{key}:{identity}", lambda e=example, v=view: _posterior(vae, e, v))  # type: ignore[misc]
     return found
 
 
-def _posterior(vae: Any, example: Example, view: Any, size: int) -> Encoded:
-    mean, std = posterior(vae, example.pixels(view, size)[None])
+def _posterior(vae: Any, example: Example, view: View) -> Encoded:
+    mean, std = posterior(vae, example.pixels(view)[None])
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise DataError(
             f"the VAE gives values that are not finite for {example.path}; run it in fp32, or take the photo out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,15 +27,18 @@ CAPTION, CLASS = "a sks dog", "a dog"
 class World:
     """A tiny pipeline with a random adapter, and examples with one preserved prompt."""
 
-    def __init__(self, folder: Path, *, prediction_type: str) -> None:
+    def __init__(
+        self, folder: Path, *, prediction_type: str, photos_in: Path | None = None, **fields: Any
+    ) -> None:  # fmt: skip
         self.pipe = stable_diffusion(folder, prediction_type=prediction_type)
         self.family, self.objective = family_of(self.pipe), objective_of(self.pipe.scheduler)
-        photos(folder / "photos")
-        data = DataConfig(str(folder / "photos"), instance_prompt=CAPTION, resolution=16)
+        if photos_in is None:
+            photos(folder / "photos")
+        data = DataConfig(str(photos_in or folder / "photos"), instance_prompt=CAPTION, resolution=16, **fields)
         instances = instance_examples(data, seed=0)
-        latents = cache_latents(Cache(), self.pipe.vae, instances, size=16, identity=fingerprint(self.pipe.vae))
+        latents = cache_latents(Cache(), self.pipe.vae, instances, identity=fingerprint(self.pipe.vae))
         cond = cache_prompts(Cache(), self.pipe, self.family, [CAPTION, CLASS], identity="")
-        self.examples = Examples(instances, [], latents, 16, cond, self.encode, {CLASS: cond[CLASS]}, 0.5)
+        self.examples = Examples(instances, [], latents, cond, self.encode, {CLASS: cond[CLASS]}, 0.5)
         generator = torch.Generator().manual_seed(1)
         inject_delora(
             self.pipe.unet, DeloraConfig(r=2, delora_lambda=3.0, init_weights="kaiming"), generator=generator
@@ -71,7 +75,7 @@ def test_preservation_changes_nothing_in_which_photos_are_seen(world: World) -> 
 def test_the_target_of_a_preserved_place_is_what_the_base_predicts(world: World) -> None:
     (photo, kept), *_ = picks(world.examples, seed=0, step=0, count=1)
     generator = torch.Generator().manual_seed(kept.seed)
-    posterior = world.examples.latents[kept.example.key(kept.view, 16)]
+    posterior = world.examples.latents[kept.example.key(kept.view)]
     latents = posterior["mean"] + posterior["std"] * torch.randn(posterior["mean"].shape, generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
     t = world.objective.sample_timestep(generator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +316,7 @@ def test_the_centre_crop_is_the_largest_square_in_the_middle(
 ) -> None:
     saved(tmp_path / "a.png", Image.fromarray(noise(size)))
     (example,) = instance_examples(config(tmp_path), seed=0)
-    assert example.views == (View(box, False),)  # type: ignore[arg-type]
+    assert example.views == (View(box, False, (16, 16)),)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [(90, 20), (20, 90)])
@@ -356,8 +357,8 @@ def test_pixels_are_the_box_scaled_to_minus_one_and_one(tmp_path: Path) -> None:
     pixels = noise((24, 20))
     pixels[0, 2], pixels[0, 3] = 0, 255
     saved(tmp_path / "a.png", Image.fromarray(pixels))
-    (example,) = instance_examples(config(tmp_path), seed=0)
-    found = example.pixels(example.views[0], 20)  # as large as the crop: nothing is resampled
+    (example,) = instance_examples(config(tmp_path, resolution=24), seed=0)
+    found = example.pixels(replace(example.views[0], size=(20, 20)))  # as large as the crop: nothing is resampled
     expected = torch.from_numpy(pixels[:, 2:22].astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
     assert found.dtype == torch.float32 and torch.equal(found, expected)
     assert (found[:, 0, 0] == -1).all() and (found[:, 0, 1] == 1).all()
@@ -366,8 +367,8 @@ def test_pixels_are_the_box_scaled_to_minus_one_and_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [8, 16, 64])
 def test_pixels_have_the_size_asked_for_and_stay_in_range(size: int, tmp_path: Path) -> None:
     saved(tmp_path / "a.png", Image.fromarray(noise((24, 20))))
-    (example,) = instance_examples(config(tmp_path), seed=0)
-    found = example.pixels(example.views[0], size)
+    (example,) = instance_examples(config(tmp_path, resolution=size), seed=0)
+    found = example.pixels(example.views[0])
     assert found.shape == (3, size, size) and -1 <= found.min() < -0.2 < 0.2 < found.max() <= 1
 
 
@@ -376,22 +377,22 @@ def test_a_photo_is_scaled_without_shifting_it(tmp_path: Path) -> None:
     saved(tmp_path / "a.png", Image.fromarray(noise((40, 40))))
     saved(tmp_path / "b.png", ImageOps.mirror(Image.fromarray(noise((40, 40)))))
     plain, mirrored = instance_examples(config(tmp_path), seed=0)
-    assert torch.equal(plain.pixels(plain.views[0], 16).flip(-1), mirrored.pixels(mirrored.views[0], 16))
+    assert torch.equal(plain.pixels(plain.views[0]).flip(-1), mirrored.pixels(mirrored.views[0]))
 
 
 def test_a_flipped_view_is_the_mirrored_picture(tmp_path: Path) -> None:
     saved(tmp_path / "a.png", Image.fromarray(noise((24, 20))))
     (example,) = instance_examples(config(tmp_path, random_flip=True), seed=0)
-    plain, flipped = (example.pixels(view, 16) for view in example.views)
+    plain, flipped = (example.pixels(view) for view in example.views)
     assert torch.equal(flipped, plain.flip(-1)) and not torch.equal(flipped, plain)
 
 
 # ---- keys -----------------------------------------------------------------------------------------
 
 
-def keys(folder: Path, size: int = 16, **fields: Any) -> list[str]:
+def keys(folder: Path, **fields: Any) -> list[str]:
     examples = instance_examples(config(folder, **fields), seed=0)
-    return [example.key(view, size) for example in examples for view in example.views]
+    return [example.key(view) for example in examples for view in example.views]
 
 
 def test_a_key_depends_on_the_content_not_on_the_name(tmp_path: Path) -> None:
@@ -407,10 +408,10 @@ def test_a_key_depends_on_crop_flip_and_size(tmp_path: Path) -> None:
     saved(tmp_path / "a.png", Image.fromarray(noise((60, 16))))
     found = keys(tmp_path, center_crop=False, num_crops=3, random_flip=True)
     assert len(set(found)) == 6
-    assert not set(found) & set(keys(tmp_path, size=24, center_crop=False, num_crops=3, random_flip=True))
+    assert not set(found) & set(keys(tmp_path, resolution=24, center_crop=False, num_crops=3, random_flip=True))
 
 
 def test_the_caption_is_not_part_of_the_key_of_the_pixels() -> None:
-    view = View((0, 0, 8, 8), False)
+    view = View((0, 0, 8, 8), False, (16, 16))
     first, second = (Example(Path("a.png"), caption, 1.0, (view,), "abc") for caption in ("a dog", "a cat"))
-    assert first.key(view, 16) == second.key(view, 16)
+    assert first.key(view) == second.key(view)

@@ -47,17 +47,19 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Cache:
 
 
 def examples_in(folder: Path, **fields: Any) -> list[Example]:
-    return instance_examples(DataConfig(instance_data_dir=str(folder), instance_prompt="x", **fields), seed=0)
+    return instance_examples(
+        DataConfig(instance_data_dir=str(folder), instance_prompt="x", **{"resolution": SIZE} | fields), seed=0
+    )
 
 
-def encoded(cache: Cache, vae: Any, examples: list[Example], size: int = SIZE) -> dict[str, dict[str, Tensor]]:
-    return cache_latents(cache, vae, examples, size=size, identity=fingerprint(vae))
+def encoded(cache: Cache, vae: Any, examples: list[Example]) -> dict[str, dict[str, Tensor]]:
+    return cache_latents(cache, vae, examples, identity=fingerprint(vae))
 
 
 @torch.no_grad()
-def direct(vae: Any, example: Example, view: Any, size: int = SIZE) -> dict[str, Tensor]:
+def direct(vae: Any, example: Example, view: Any) -> dict[str, Tensor]:
     """The scaled posterior of one view, as diffusers' training scripts compute it, without a cache."""
-    posterior = vae.encode(example.pixels(view, size)[None]).latent_dist
+    posterior = vae.encode(example.pixels(view)[None]).latent_dist
     return {"mean": posterior.mean * vae.config.scaling_factor, "std": posterior.std * vae.config.scaling_factor}
 
 
@@ -65,9 +67,9 @@ def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def all_right(found: dict[str, dict[str, Tensor]], vae: Any, examples: list[Example], size: int = SIZE) -> bool:
+def all_right(found: dict[str, dict[str, Tensor]], vae: Any, examples: list[Example]) -> bool:
     views = [(example, view) for example in examples for view in example.views]
-    return all(equal(found[e.key(v, size)], direct(vae, e, v, size)) for e, v in views)
+    return all(equal(found[e.key(v)], direct(vae, e, v)) for e, v in views)
 
 
 class Count:
@@ -98,7 +100,7 @@ def test_drawing_from_the_cached_posterior_is_diffusers_sample(pipe: Any, photos
     example = examples_in(photos)[0]
     entry = next(iter(encoded(Cache(), pipe.vae, [example]).values()))
     with torch.no_grad():
-        posterior = pipe.vae.encode(example.pixels(example.views[0], SIZE)[None]).latent_dist
+        posterior = pipe.vae.encode(example.pixels(example.views[0])[None]).latent_dist
         sample = posterior.sample(torch.Generator().manual_seed(3)) * pipe.vae.config.scaling_factor
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     assert torch.allclose(entry["mean"] + entry["std"] * noise, sample, atol=1e-6)
@@ -164,8 +166,8 @@ def test_other_crops_flips_and_sizes_are_encoded_anew(pipe: Any, cache: Cache, t
     tiny.photos(tmp_path / "photos", 2, size=(60, 20))
     for fields in ({}, {"random_flip": True}, {"center_crop": False, "num_crops": 2}):
         for size in (16, 24):
-            examples = examples_in(tmp_path / "photos", **fields)
-            assert all_right(encoded(cache, pipe.vae, examples, size), pipe.vae, examples, size)
+            examples = examples_in(tmp_path / "photos", resolution=size, **fields)
+            assert all_right(encoded(cache, pipe.vae, examples), pipe.vae, examples)
 
 
 def test_another_vae_is_not_served_the_latents_of_the_first(pipe: Any, vae: Any, cache: Cache, photos: Path) -> None:

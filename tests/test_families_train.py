@@ -87,6 +87,21 @@ def test_a_family_trains_resumes_loads_and_samples(kind: str, photos: Path, tmp_
     assert len(rows) == 2 and abs(tiny.as_array(drawn[0]) - tiny.as_array(beside)).max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["sd", *sorted(USUAL), *(k for k in RARER if k.values != ("sd",))])
+def test_photos_of_two_shapes_train_in_one_batch_and_resume(kind: str, tmp_path: Path) -> None:
+    side, base, photos = SIDE.get(kind, 16), tmp_path / "base", tmp_path / "photos"
+    build(kind, tmp_path / "parts").save_pretrained(base)
+    for number, size in enumerate([(20, 40), (40, 20), (21, 40)]):
+        tiny.photos(photos, 1, size=size, seed=number)[0].rename(photos / f"shape_{number}.png")
+    options = [f"--aspect_ratio_buckets={side},{2 * side};{2 * side},{side}", "--train_batch_size=3"]
+    straight = train(base, photos, tmp_path / "straight", side, *options)
+    shutil.copytree(straight / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    train(base, photos, tmp_path / "resumed", side, *options, "--resume_from_checkpoint=latest")
+    assert same(tensors(straight), tensors(tmp_path / "resumed"))
+    squares = train(base, photos, tmp_path / "squares", side, "--train_batch_size=3")
+    assert not same(tensors(straight), tensors(squares))
+
+
 def config_layers(found: dict[str, torch.Tensor]) -> set[str]:
     return {name.rpartition(".")[0] for name in found}
 
@@ -112,6 +127,11 @@ def test_dead_layers_are_left_out_and_no_layer_stays_silent(
         ("flux.2-klein", ["--train_text_encoder"], "the text encoder of flux.2 is a large language model"),
         ("flux.1-schnell", ["--validation_prompt=a", "--validation_negative_prompt=b"], "takes no negative prompt"),
         ("sdxl", ["--timestep_shift=3"], "timestep_shift is for flow matching"),
+        (
+            "lumina2",
+            ["--resolution=64", "--aspect_ratio_buckets=64,72;72,64"],
+            "aspect_ratio_buckets is 72; Lumina2Pipeline needs a multiple of 16",
+        ),
     ],
 )
 def test_what_a_family_cannot_do_is_told_before_anything_is_written(

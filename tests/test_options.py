@@ -79,6 +79,8 @@ def other(group: type, field: dataclasses.Field[Any]) -> Any:
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     if choices := field.metadata["choices"]:
         return next(choice for choice in choices if choice != now)
+    if field.name == "aspect_ratio_buckets":
+        return "64,96;96,64"
     number = now if isinstance(now, (int, float)) else 0
     values = {
         bool: not now, int: number + 8, float: number / 2 + 0.25, str: "ünï: #1 'no'",

@@ -15,7 +15,7 @@ PACKAGE = Path(delora_diffusion.__file__).parent
 LEVELS = (
     ("targets", "delora", "options", "objective", "families", "latents", "files", "sheet", "seeds", "encoders",
      "metrics", "prompts"),
-    ("lowrank", "lora_names", "tensor_file", "block_weights", "architectures"),
+    ("buckets", "lowrank", "lora_names", "tensor_file", "block_weights", "architectures"),
     ("inject", "config", "report", "peft_format", "spectrum", "lora_header"),
     ("merge", "state", "data", "evaluation_config", "file_config", "dial_plot", "adapter_file"),
     ("encode", "checkpoint", "optimizer", "journal", "pictures", "matching", "inspection"),

@@ -22,13 +22,14 @@ from tqdm import tqdm
 
 from delora_diffusion.base import BaseModelError, check_output, clear_output, load_base, quiet_libraries
 from delora_diffusion.batches import Examples
+from delora_diffusion.buckets import bucket_sizes
 from delora_diffusion.card import figure_table, push_to_hub, write_card
 from delora_diffusion.checkpoint import CheckpointError
 from delora_diffusion.config import AdapterConfig, DataConfig, ModelConfig, TrainingConfig, ValidationConfig
-from delora_diffusion.data import DataError, class_examples, instance_examples, read_prompts
+from delora_diffusion.data import DataError, class_examples, instance_examples, read_prompts, told_sizes
 from delora_diffusion.encode import Cache, cache_latents, cache_negative, cache_prompts, fingerprint
 from delora_diffusion.encoders import EncoderError
-from delora_diffusion.families import FamilyError, check_trainable
+from delora_diffusion.families import FamilyError, check_sizes, check_trainable
 from delora_diffusion.inject import delora_disabled, inject_delora
 from delora_diffusion.journal import Look, figures_by_step, read_log
 from delora_diffusion.lora_file import export_lora
@@ -65,6 +66,7 @@ def run(
 
     # ---- load: photos first, so that a wrong folder is told before anything large is read
     instances = instance_examples(data, seed=seed)
+    log.info("%s", told_sizes(instances, data))
     check_output(training)
     measuring = bool(validation.validation_dino or validation.validation_clip)
     world = read_prompts(validation.validation_world_prompt, option="validation_world_prompt") if measuring else []
@@ -75,6 +77,7 @@ def run(
     ) if measuring and main else None  # fmt: skip
     pipe = load_base(model, precision=accelerator.mixed_precision)
     family = check_trainable(pipe, resolution=data.resolution, train_text_encoder=adapter.train_text_encoder)
+    check_sizes(pipe, bucket_sizes(data.resolution, data.aspect_ratio_buckets), option="aspect_ratio_buckets")
     objective = objective_of(pipe.scheduler, _timestep_sampling(training))
     encoders = [name for name in family.text_encoders if getattr(pipe, name, None) is not None]
     denoiser = getattr(pipe, family.denoiser)
@@ -98,7 +101,7 @@ def run(
     cache = Cache(Path(data.cache_dir) if data.cache_dir else None)
     pipe.vae.to(device)
     latents = cache_latents(
-        cache, pipe.vae, [*instances, *classes], size=data.resolution, identity=fingerprint(pipe.vae),
+        cache, pipe.vae, [*instances, *classes], identity=fingerprint(pipe.vae),
         progress=lambda views: tqdm(views, desc="encode", disable=not main),
     )  # fmt: skip
     pipe.vae.to("cpu")
@@ -179,7 +182,7 @@ def run(
     if training.report_to:
         accelerator.init_trackers("delora_diffusion", config={k: str(v) for k, v in options.items()})
     examples = Examples(
-        instances, classes, latents, data.resolution, conditioning, lambda texts: family.encode_prompt(pipe, texts),
+        instances, classes, latents, conditioning, lambda texts: family.encode_prompt(pipe, texts),
         preserved, data.base_preservation_weight, training.guidance_scale,
     )  # fmt: skip
     photos = sorted((e.content, e.caption) for e in [*instances, *classes])

@@ -5,6 +5,7 @@ To add one: a `Family` value in `FAMILIES`, a `predict` of a few lines, and a ti
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from .dit import LUMINA2, PIXART, SANA, Z_IMAGE
@@ -27,6 +28,7 @@ __all__ = [
     "Family",
     "FamilyError",
     "Setting",
+    "check_sizes",
     "check_trainable",
     "family_named",
     "family_of",
@@ -79,13 +81,23 @@ def check_trainable(pipe: Any, *, resolution: int, train_text_encoder: bool) -> 
     for component in (family.denoiser, "vae", "scheduler"):
         if getattr(pipe, component, None) is None:
             raise FamilyError(f"the base has no {component}; give a complete {name}, with every folder that it lists")
-    multiple = family.multiple(pipe)
-    if resolution % multiple:
-        near = max(multiple, round(resolution / multiple) * multiple)
-        raise FamilyError(f"resolution is {resolution}; {name} needs a multiple of {multiple}, e.g. {near}")
+    check_sizes(pipe, [(resolution, resolution)], option="resolution")
     if train_text_encoder and not family.trains_text:
         raise FamilyError(
             f"the text encoder of {family.name} is a large language model, which is not adapted; "
             f"leave train_text_encoder out"
         )
     return family
+
+
+def check_sizes(pipe: Any, sizes: Iterable[tuple[int, int]], *, option: str) -> None:
+    """Refuse pictures (height, width) that the family of a pipeline cannot take.
+
+    Raises:
+        FamilyError: a side that is not divisible by what the VAE and the denoiser need; it names `option`.
+    """
+    multiple = family_of(pipe).multiple(pipe)
+    for side in sorted({side for size in sizes for side in size}):
+        if side % multiple:
+            near = max(multiple, round(side / multiple) * multiple)
+            raise FamilyError(f"{option} is {side}; {type(pipe).__name__} needs a multiple of {multiple}, e.g. {near}")

@@ -79,8 +79,8 @@ class Bench:
         caption = f"a {TOKEN} {SUBJECTS[name]}"
         data = DataConfig(str(POCKET / "subjects" / name), instance_prompt=caption, resolution=SIZE)
         photos = instance_examples(data, seed=0)
-        latents = cache_latents(self.cache, self.pipe.vae, photos, size=SIZE, identity="pocket")
-        examples = Examples(photos, [], latents, SIZE, {caption: self.encode([caption])[0]},
+        latents = cache_latents(self.cache, self.pipe.vae, photos, identity="pocket")
+        examples = Examples(photos, [], latents, {caption: self.encode([caption])[0]},
                             lambda texts: stack_conditioning(self.encode(texts)))  # fmt: skip
         folder = POCKET / "holdout" / name
         rows = [json.loads(line) for line in _lines(folder / "metadata.jsonl")]
