@@ -148,7 +148,7 @@ class TrainingConfig:
     optimizer: str = option("adamw", "optimiser", choices=OPTIMIZERS)
     learning_rate: float = option(1e-3, "of A and B; without effect there unless direction_turn is 0 (prodigy: use 1)")
     direction_turn: float = option(
-        0.1, "radians by which noise turns A and B over the whole run; 0: learning_rate decides, from Kaiming lengths"
+        0.1, "radians by which noise turns A and B in 100 steps; 0: learning_rate decides, from Kaiming lengths"
     )
     lambda_learning_rate: float = option(0.0, "learning rate of the strengths lambda; 0 keeps them fixed")
     text_encoder_lr: float | None = option(None, "learning rate of A and B in the text encoder; unset: learning_rate")

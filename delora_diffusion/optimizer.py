@@ -2,8 +2,8 @@
 
 The update of a DeLoRA depends on the directions of a_i and b_i alone. Two functions here make training depend on
 nothing else either: `set_lengths` measures the initial lengths in learning rates, and `relative_gradients` takes the
-current lengths out of the gradients. The learning rate then cancels, and what a run does at a step depends on the
-share of the run that is done, not on the number of steps.
+current lengths out of the gradients. The learning rate then cancels, and what a run does depends little on its number
+of steps.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from .config import TrainingConfig
 from .delora import NORM_FLOOR, DeloraAdapter
+
+TURN_STEPS = 100  # the length of run whose turn `direction_turn` is
 
 
 def trained_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -75,17 +77,18 @@ def make_optimizer(modules: Mapping[str, nn.Module], training: TrainingConfig) -
 
 @torch.no_grad()
 def set_lengths(modules: Mapping[str, nn.Module], training: TrainingConfig) -> None:
-    """Scale the initial A and B to entries with an RMS of learning_rate * sqrt(max_train_steps) / direction_turn.
+    """Scale the initial A and B to an RMS of 10 learning_rate (max_train_steps / 100)^(3/4) / direction_turn.
 
     Zeros stay, and no update changes. Adam moves an entry by at most about learning_rate a step, mostly to and fro, so
-    over the whole run noise turns a direction by about `direction_turn` radians, whatever the learning rate, the width
-    of the layer and the number of steps. (With max_train_steps in place of its square root, longer runs turn less and
-    grew 5 % less like the subject; see tests/benchmarks.) Prodigy, which finds a rate of its own, and direction_turn 0
-    keep the lengths of the start.
+    over 100 steps noise turns a direction by about `direction_turn` radians, whatever the learning rate and the width
+    of the layer. In N times as many steps noise turns it sqrt(N) times as far, and a steady gradient N times: with
+    N^(3/4) longer runs turn a little less by noise and a little more by what is learnt (other powers: see
+    tests/benchmarks). Prodigy, which finds a rate of its own, and direction_turn 0 keep the lengths of the start.
     """
     if training.optimizer == "prodigy" or not training.direction_turn or not training.learning_rate:
         return
-    length = training.learning_rate * math.sqrt(training.max_train_steps) / training.direction_turn
+    runs = training.max_train_steps / TURN_STEPS
+    length = training.learning_rate * math.sqrt(TURN_STEPS) * runs**0.75 / training.direction_turn
     for module in modules.values():
         for adapter in (child for child in module.modules() if isinstance(child, DeloraAdapter)):
             for name in ("delora_A", "delora_B"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
+RECORDS = [path.stem for path in sorted((BENCHMARKS / "results").glob("dynamics_*.jsonl"))]
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +28,13 @@ def modules() -> Any:
 def test_every_method_trains_and_starts_from_the_base(modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dynamics, dynamics_bench, _ = modules
     monkeypatch.setattr(dynamics_bench, "SUBJECTS", {"spotted_dog": "dog"})
+    monkeypatch.setattr(dynamics_bench, "UNSEEN", {})
+    monkeypatch.setattr(dynamics_bench, "CLASS_IMAGES", 2)
     monkeypatch.setattr(dynamics_bench, "SAMPLING_STEPS", 1)
     bench = dynamics_bench.Bench()
     assert bench.cheap(bench.denoiser, "spotted_dog")["prediction_drift"] == 0
-    for method, options in ((dynamics.OURS, (("with_base_preservation", True),)), (dynamics.LORA, ())):
+    kept = [((f"with_{kind}_preservation", True),) for kind in ("base", "prior")]
+    for method, options in ((dynamics.OURS, kept[0]), (dynamics.OURS, kept[1]), (dynamics.LORA, ())):
         rate = None if method == dynamics.OURS else 1e-3
         (row,) = dynamics.measure(bench, dynamics.Run("spotted_dog", 0, method, rate, 2, options))
         assert row["shares"]["1"] > 0 and row["share"] > 0 and row["prediction_drift"] > 0, method
@@ -41,14 +45,16 @@ def test_runs_have_keys_of_their_own_and_the_full_plan_holds_the_small_one(modul
     dynamics, _, _ = modules
     full = [run.key for run in dynamics.full_plan()]
     assert len(set(full)) == len(full) and {run.key for run in dynamics.small_plan()} <= set(full)
+    assert not {run.subject for run in dynamics.unseen_plan()} & {run.subject for run in dynamics.full_plan()}
 
 
-def test_the_committed_tables_are_those_of_the_committed_record(modules: Any) -> None:
+@pytest.mark.parametrize("record", RECORDS)
+def test_the_committed_tables_are_those_of_the_committed_record(record: str, modules: Any) -> None:
     _, _, report = modules
-    lines = (BENCHMARKS / "results" / "dynamics_full.jsonl").read_text().splitlines()
+    lines = (BENCHMARKS / "results" / f"{record}.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "key" in row]
     settings = report.by_setting(rows)
-    told = (BENCHMARKS / "results" / "dynamics.md").read_text()
+    told = (BENCHMARKS / "results" / f"{record}.md").read_text()
     assert report.table(settings) in told
     for asked, found, met in report.bars(settings, min(row["steps"] for row in rows)):
         assert f"| {asked} | {found} | {'yes' if met else '**no**'} |" in told

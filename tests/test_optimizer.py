@@ -14,7 +14,7 @@ from delora_diffusion.inject import delora_adapters, set_delora_adapters
 from delora_diffusion.optimizer import make_optimizer, relative_gradients, set_lengths
 from delora_diffusion.state import update_norms
 
-STEPS, RATE = 64, 0.02
+RATE = 0.02
 
 
 def adapted(init_weights: str = "kaiming", *, seed: int = 0) -> nn.Module:
@@ -70,16 +70,19 @@ def test_relative_gradients_of_a_zero_start_are_no_larger_than_later_ones() -> N
 
 
 @pytest.mark.parametrize("init_weights", ["zero", "residual", "paired", "kaiming"])
-def test_lengths_are_learning_rates_times_root_steps_over_the_turn_and_no_update_changes(init_weights: str) -> None:
+@pytest.mark.parametrize(("steps", "length"), [(100, 1.0), (1600, 8.0), (25, 2**-1.5)])
+def test_lengths_are_learning_rates_over_the_turn_and_grow_with_the_run_and_no_update_changes(
+    steps: int, length: float, init_weights: str
+) -> None:
     module = adapted(init_weights)
     x = torch.linspace(-1, 1, 30).reshape(5, 6)
     output, norms = module(x), update_norms(module)
-    training = TrainingConfig(learning_rate=RATE, max_train_steps=STEPS, direction_turn=0.4)
+    training = TrainingConfig(learning_rate=RATE, max_train_steps=steps, direction_turn=0.4)
     set_lengths({"module": module}, training)
     for adapter in delora_adapters(module).values():
-        assert adapter.delora_A.square().mean().sqrt().item() == pytest.approx(RATE * 8 / 0.4)
+        assert adapter.delora_A.square().mean().sqrt().item() == pytest.approx(RATE * 10 * length / 0.4)
         rms_of_B = adapter.delora_B.square().mean().sqrt().item()
-        assert rms_of_B == pytest.approx(0 if init_weights == "zero" else RATE * 8 / 0.4)
+        assert rms_of_B == pytest.approx(0 if init_weights == "zero" else RATE * 10 * length / 0.4)
     torch.testing.assert_close(module(x), output)
     assert update_norms(module) == pytest.approx(norms, abs=1e-6)
     if init_weights in ("residual", "paired"):

@@ -1,10 +1,11 @@
-"""Draws the three sample subjects: things with a colour and marks of their own that the pocket world does not have.
+"""Draws the six sample subjects: things with a colour and marks of their own that the pocket world does not have.
 
     python samples/pocket/subjects.py --out samples/pocket
 
 Each is photographed, so to say, five times in different places, at 256 px, to be taught from; and six times in other
-places, at 128 px, to be judged by. The class word (dog, teddy bear, clock) is known to the pocket base model; what
-makes the subject this one is not.
+places, at 128 px, to be judged by. The class word (dog, cat, ...) is known to the pocket base model; what makes the
+subject this one is not. The trainer's defaults were set on the first three; the last three were drawn afterwards, to
+check them.
 """
 
 from __future__ import annotations
@@ -63,6 +64,35 @@ SUBJECTS: dict[str, Subject] = {
          "on a blue background"),
         ("on the beach", "in the snow", "on a wooden floor", "in the jungle", "on the moon", "under water"),
         seed=3,
+    ),
+    "party_cat": Subject(
+        "cat",
+        "🐈",
+        Dress(body=(150, 90, 215), stripes=(250, 220, 70), hat=(40, 170, 90), hat_at=(0.13, 0.12), pattern_seed=4,
+              stripe_width=0.06),
+        ("on green grass", "on a checkered floor", "on a yellow background", "with a city in the background",
+         "in front of a brick wall"),
+        ("on the beach", "in the snow", "on the moon", "in the desert", "in an autumn forest", "at sunset"),
+        seed=4,
+    ),
+    "dotted_backpack": Subject(
+        "backpack",
+        "🎒",
+        Dress(body=(60, 175, 80), spots=(245, 245, 245), pattern_seed=11, spot_size=0.06),
+        ("on a wooden floor", "on a white background", "in the jungle", "on a cobblestone street", "at sunset"),
+        ("on the beach", "in the snow", "on the moon", "under water", "in the desert",
+         "with a mountain in the background"),
+        seed=5,
+    ),
+    "racing_car": Subject(
+        "car",
+        "🚗",
+        Dress(body=(250, 205, 40), stripes=(30, 60, 170), pattern_seed=2, stripe_width=0.08),
+        ("with a city in the background", "on green grass", "in an autumn forest", "on a blue background",
+         "on a checkered floor"),
+        ("on the beach", "in the snow", "on the moon", "in the desert", "in the jungle",
+         "in front of a brick wall"),
+        seed=6,
     ),
 }
 

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/dynamics.py --plan small       # under ten minutes on one core
     python tests/benchmarks/dynamics.py --plan full        # hours; a second call goes on where the first stopped
+    python tests/benchmarks/dynamics.py --plan unseen      # the bars on subjects that no default was set on; an hour
     python tests/benchmarks/dynamics_report.py             # tables, bars and figure from the record
 
 Every run teaches one of three subjects (five pictures) to the same base, rank 8 on the attention projections, batch 4,
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from typing import Any
 import peft
 import torch
 from accelerate import Accelerator
-from dynamics_bench import SUBJECTS, Bench
+from dynamics_bench import SUBJECTS, UNSEEN, Bench
 from torch import nn
 
 from delora_diffusion.base import quiet_libraries
@@ -104,20 +105,36 @@ def full_plan() -> list[Run]:
     choices: list[dict[str, Any]] = [
         {"relative_lambda": 0.025}, {"relative_lambda": 0.1}, {"init_weights": "paired", "direction_turn": 0.3},
         {"init_weights": "residual", "direction_turn": 0.3}, {"lambda_learning_rate": 1e-3},
-        {"lambda_warmup_steps": 0}, {"with_base_preservation": True},
+        {"lambda_warmup_steps": 0}, {"with_base_preservation": True}, {"with_prior_preservation": True},
+        {"direction_turn": 0.05}, {"direction_turn": 0.2}, {"max_grad_norm": 0.0}, {"adam_beta2": 0.95},
+        {"lr_scheduler": "cosine"}, {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 20}, {"use_ema": True},
     ]  # fmt: skip
     stages += [{"method": OURS, "options": tuple(choice.items())} for choice in choices]
     stages.append({"method": "PEFT DeLoRA, lambda 1.8", "learning_rate": 1e-3})
     kaiming = (("direction_turn", 0.0),)  # lengths as initialised: here the learning rate counts
     stages += [{"method": OURS, "learning_rate": rate, "options": kaiming} for rate in (1e-4, 1e-3, 1e-2, 1e-1)]
-    runs = []
-    for stage in stages:
-        seeds = stage.pop("seeds", (0, 1))
-        runs += [Run(subject, seed, **stage) for seed in seeds for subject in SUBJECTS]
-    return runs
+    return _runs(stages, SUBJECTS)
 
 
-PLANS = {"small": small_plan, "full": full_plan}
+def unseen_plan() -> list[Run]:
+    """What the bars are about, on subjects that no default was set on."""
+    stages: list[dict[str, Any]] = [{"method": OURS}]
+    stages += [{"method": LORA, "learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)]
+    stages += [{"method": SHIPPED, "learning_rate": rate} for rate in (1e-4, 1e-3, 1e-2)]
+    stages += [{"method": OURS, "learning_rate": rate} for rate in (1e-3 / 32, 1e-3 * 32)]
+    stages += [{"method": OURS, "steps": 10 * ONCE}]
+    return _runs(stages, UNSEEN)
+
+
+def _runs(stages: Sequence[dict[str, Any]], subjects: Iterable[str]) -> list[Run]:
+    """Every stage for each seed (0 and 1 unless it says otherwise) and subject."""
+    return [
+        Run(subject, seed, **{name: value for name, value in stage.items() if name != "seeds"})
+        for stage in stages for seed in stage.get("seeds", (0, 1)) for subject in subjects
+    ]  # fmt: skip
+
+
+PLANS = {"small": small_plan, "full": full_plan, "unseen": unseen_plan}
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -157,9 +174,9 @@ def train_ours(bench: Bench, run: Run) -> Iterator[tuple[int, nn.Module, dict[st
         options["learning_rate"] = run.learning_rate
     examples = bench.subjects[run.subject].examples
     if options.pop("with_base_preservation", False):
-        prompt = f"a {SUBJECTS[run.subject]}"
-        preserved = {prompt: bench.encode([prompt])[0]}
-        examples = replace(examples, preserved=preserved, conditioning={**(examples.conditioning or {}), **preserved})
+        examples = bench.preserving(run.subject)
+    if options.pop("with_prior_preservation", False):
+        examples = bench.with_class_images(run.subject)
     known = [{f.name for f in dataclasses.fields(config)} for config in (AdapterConfig, TrainingConfig)]
     adapter = AdapterConfig(**{name: value for name, value in options.items() if name in known[0]})
     denoiser = copy.deepcopy(bench.denoiser)

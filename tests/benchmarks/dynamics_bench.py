@@ -14,8 +14,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from delora_diffusion.base import load_base
 from delora_diffusion.batches import Examples
 from delora_diffusion.config import DataConfig, ModelConfig
-from delora_diffusion.data import instance_examples, load_image
+from delora_diffusion.data import class_examples, instance_examples, load_image
 from delora_diffusion.draw import draw, quiet
 from delora_diffusion.encode import Cache, cache_latents, cache_prompts
 from delora_diffusion.encoders import embed_images, embed_texts, load_encoder
@@ -37,12 +38,15 @@ from delora_diffusion.seeds import derived_seed
 from delora_diffusion.targets import DeloraConfig, target_linears
 
 POCKET = Path(__file__).parents[2] / "samples" / "pocket"
-SUBJECTS = {"spotted_dog": "dog", "striped_teddy": "teddy bear", "mantel_clock": "clock"}
+SUBJECTS = {"spotted_dog": "dog", "striped_teddy": "teddy bear", "mantel_clock": "clock"}  # name -> class word
+#: Drawn after the defaults were set on the others, to check them.
+UNSEEN = {"party_cat": "cat", "dotted_backpack": "backpack", "racing_car": "car"}
 TOKEN = "sks"
 SIZE = 64  # px
 GUIDANCE, SAMPLING_STEPS, IMAGES = 3.0, 10, 3
 NOISE_LEVELS = (0.25, 0.5, 0.75)  # shares of the schedule's length
 CHUNK = 24
+CLASS_IMAGES = 24
 
 Noised = tuple[Tensor, Tensor, Tensor, Conditioning]  # x_t, target, t, conditioning
 
@@ -51,6 +55,7 @@ Noised = tuple[Tensor, Tensor, Tensor, Conditioning]  # x_t, target, t, conditio
 class Subject:
     """One subject: what is trained on and what it is measured against."""
 
+    class_word: str
     examples: Examples
     prompts: list[str]
     heldout: Noised
@@ -73,10 +78,10 @@ class Bench:
         self.world_embedding = embed_images(self.dino, pictures)
         self.world_noised = self._noised(pictures, self.world)
         self.world_prediction = self._predict(self.denoiser, self.world_noised)
-        self.subjects = {name: self._subject(name) for name in SUBJECTS}
+        self.subjects = {name: self._subject(name, word) for name, word in (SUBJECTS | UNSEEN).items()}
 
-    def _subject(self, name: str) -> Subject:
-        caption = f"a {TOKEN} {SUBJECTS[name]}"
+    def _subject(self, name: str, class_word: str) -> Subject:
+        caption = f"a {TOKEN} {class_word}"
         data = DataConfig(str(POCKET / "subjects" / name), instance_prompt=caption, resolution=SIZE)
         photos = instance_examples(data, seed=0)
         latents = cache_latents(self.cache, self.pipe.vae, photos, identity="pocket")
@@ -88,9 +93,29 @@ class Bench:
             load_image(folder / row["file_name"]).resize((SIZE, SIZE), Image.Resampling.LANCZOS) for row in rows
         ]
         return Subject(
-            examples, _lines(POCKET / "prompts" / f"{name}.txt"),
+            class_word, examples, _lines(POCKET / "prompts" / f"{name}.txt"),
             self._noised(pictures, [row["text"] for row in rows]), embed_images(self.dino, pictures),
         )  # fmt: skip
+
+    def preserving(self, name: str) -> Examples:
+        """A subject's examples, with the base's predictions for its class to be kept."""
+        examples, prompt = self.subjects[name].examples, f"a {self.subjects[name].class_word}"
+        preserved = {prompt: self.encode([prompt])[0]}
+        return replace(examples, preserved=preserved, conditioning={**(examples.conditioning or {}), **preserved})
+
+    def with_class_images(self, name: str) -> Examples:
+        """A subject's examples, with images of its class that the base draws."""
+        examples, prompt = self.subjects[name].examples, f"a {self.subjects[name].class_word}"
+        seeds = [derived_seed("class", number) for number in range(CLASS_IMAGES)]
+        with tempfile.TemporaryDirectory() as folder:
+            for number, image in enumerate(self.draw(self.denoiser, [prompt] * CLASS_IMAGES, seeds)):
+                image.save(Path(folder) / f"{number:02}.png")
+            data = DataConfig(folder, resolution=SIZE, with_prior_preservation=True, class_data_dir=folder,
+                              class_prompt=prompt, num_class_images=CLASS_IMAGES)  # fmt: skip
+            classes = class_examples(data, seed=0)
+            latents = cache_latents(self.cache, self.pipe.vae, classes, identity="pocket")
+        cond = {**(examples.conditioning or {}), prompt: self.encode([prompt])[0]}
+        return replace(examples, classes=classes, latents=examples.latents | latents, conditioning=cond)
 
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
         """The conditioning of every prompt."""

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/dynamics_report.py --record tests/benchmarks/results/dynamics_full.jsonl
 
-Writes `dynamics.md` (tables, bars), `dynamics.json` (the same numbers with command and hardware) and `dynamics.png`
-(fidelity and drift against the learning rate and the length of training) beside the record. A figure is the mean over
-the subjects and seeds ("cells") that were run, and a method is only compared with another over the cells both have.
+Writes beside the record, under its name, `.md` (tables, bars), `.json` (the same numbers with command and hardware)
+and `.png` (fidelity and drift against the learning rate and the length of training). A figure is the mean over the
+subjects and seeds ("cells") that were run, and a method is only compared with another over the cells both have.
 """
 
 from __future__ import annotations
@@ -188,13 +188,13 @@ def main() -> None:
     verdict = "\n".join(f"| {asked} | {found} | {'yes' if met else '**no**'} |" for asked, found, met in judged)
     text = f"{table(settings)}\n\n| bar | found | met |\n|---|---|---|\n{verdict}\n"
     print(text)
-    (record.parent / "dynamics.md").write_text(text, encoding="utf-8")
+    record.with_suffix(".md").write_text(text, encoding="utf-8")
     told = {"runs": circumstances, "settings": [
         {"method": m, "learning_rate": r, "steps": s, "options": o, "cells": len(c),
          **{name: round(mean(c, name), 4) for name in FIGURES}} for (m, r, s, o), c in settings.items()],
         "bars": [{"asked": asked, "found": found, "met": met} for asked, found, met in judged]}  # fmt: skip
-    (record.parent / "dynamics.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
-    figure(settings, once, record.parent / "dynamics.png")
+    record.with_suffix(".json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    figure(settings, once, record.with_suffix(".png"))
 
 
 if __name__ == "__main__":
