@@ -77,7 +77,7 @@ def export_lora(
         rank: compress to this rank by SVD; the error is in the report. None: exact.
         dtype: "fp32" or "fp16".
         component: what a PEFT folder or a bare module is for ("unet", "transformer", "text_encoder", ...).
-        architecture: "sd1", "sd2", "sdxl", "sd3" or "flux1", where file and shapes do not tell.
+        architecture: "sd1", "sdxl", "flux1", ... (`ARCHITECTURES`), where file and shapes do not tell.
         adapter_name: which adapter of a module or pipeline.
         trigger: words for the header; the prompt it was trained with if None.
         metadata: write the header that user interfaces read.

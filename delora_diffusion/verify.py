@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .lora_names import LORA_FILE_NAME, LoraError, canonical, looked_up, lora_name, tensor_endings
+from .lora_names import LORA_FILE_NAME, Architecture, LoraError, canonical, looked_up, lora_name, tensor_endings
 from .lowrank import Factors, distance, norm
 from .tensor_file import described, read_tensors
 from .updates import Updates, gathered, known_architecture, summed
@@ -97,7 +97,7 @@ def verify_lora(
             largest, worst = error, layer
     unexpected = tuple(name for name in inside if name not in wanted and norm(inside[name]) > 0)
     loaders = {"diffusers": _found_by_diffusers(tensors, updates)} | {
-        program: _found_by_name(program, set(inside), updates) for program in PROGRAMS[1:]
+        program: _found_by_name(program, set(inside), updates, family) for program in PROGRAMS[1:]
     }
     return VerifyReport(len(wanted), tuple(missing), unexpected, max(largest, 0.0), worst, loaders)
 
@@ -118,9 +118,9 @@ def _updates_in(tensors: Mapping[str, Tensor], style: str) -> dict[str, Factors]
     return found
 
 
-def _found_by_name(program: str, names: set[str], updates: Updates) -> int:
+def _found_by_name(program: str, names: set[str], updates: Updates, architecture: Architecture | None) -> int:
     layers = [(component, layer) for component, few in updates.items() for layer in few]
-    return sum(bool(looked_up(program, component, layer) & names) for component, layer in layers)
+    return sum(bool(looked_up(program, component, layer, architecture) & names) for component, layer in layers)
 
 
 def _found_by_diffusers(tensors: Mapping[str, Tensor], updates: Updates) -> int:
