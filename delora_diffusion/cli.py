@@ -105,8 +105,8 @@ def _export(argv: Sequence[str]) -> None:
 
 
 def _verify(argv: Sequence[str]) -> None:
-    """compare a LoRA file with the adapters it was exported from, layer by layer"""
-    title = "Compare a LoRA file with the adapters it was exported from."
+    """compare a LoRA file or PEFT folder with the adapters it was exported from, layer by layer"""
+    title = "Compare a LoRA file or PEFT folder with the adapters it was exported from."
     made, config = parse(argv, LoraConfig, VerifyConfig, prog="delora verify", description=title)
     report = verify_lora(
         config.file, made.adapter, weights=made.weights[0] if len(made.weights) == 1 else made.weights,

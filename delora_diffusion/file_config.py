@@ -57,9 +57,9 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """The LoRA file to check."""
+    """The LoRA file, or PEFT folder, to check."""
 
-    file: str = option("", "LoRA file, or folder with pytorch_lora_weights.safetensors")
+    file: str = option("", "LoRA file, or folder with pytorch_lora_weights.safetensors or of PEFT")
     tolerance: float = option(1e-3, "largest relative error of a layer's update that counts as the same")
 
     def __post_init__(self) -> None:

@@ -58,9 +58,13 @@ def _adapter_of(source: Any, component: str | None, adapter_name: str) -> Adapte
 
 
 def summed(
-    adapters: Sequence[Adapter], weights: float | Sequence[float], *, allow_partial: bool
+    adapters: Sequence[Adapter], weights: float | Sequence[float], *, allow_partial: bool, for_lora: bool = True
 ) -> tuple[Updates, tuple[str, ...]]:
     """The weighted sum of adapters, layer by layer and exact, and notes on what was left out or widened.
+
+    Args:
+        allow_partial: leave out what a LoRA cannot hold, instead of refusing.
+        for_lora: count layers that no LoRA loader has names for among that.
 
     Raises:
         AdapterFileError: an adapter that is incomplete or not finite.
@@ -80,9 +84,10 @@ def summed(
     for adapter, value in zip(adapters, values, strict=True):
         for component, tensors in adapter.tensors.items():
             layers, full = _by_layer(component, tensors)
-            left_out += full + [f"{component}.{layer}" for layer in layers if unreadable(component, layer)]
+            nameless = {layer for layer in layers if for_lora and unreadable(component, layer)}
+            left_out += full + [f"{component}.{layer}" for layer in layers if layer in nameless]
             for layer, named in layers.items():
-                if not unreadable(component, layer):
+                if layer not in nameless:
                     _check_same_base(f"{component}.{layer}", named["delora_w_norm"], norms)
                     residual |= "delora_A_init" in named
                     few = parts.setdefault(component, {}).setdefault(layer, [])
