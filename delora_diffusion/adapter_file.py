@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .delora import INIT_TENSOR_NAMES, TENSOR_NAMES
 from .files import complete_file
 from .peft_format import CONFIG_NAME, WEIGHTS_NAME, from_peft
 from .targets import DeloraConfig
@@ -94,6 +95,37 @@ def is_native(path: Path) -> bool:
         return False
 
 
+def check_layers(tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Refuse layers that lack a tensor, or whose tensors are not of one layer.
+
+    Args:
+        tensors: one component's, by their names in a file.
+        where: what to say in front of a layer's name.
+
+    Raises:
+        AdapterFileError: naming the first such layer.
+    """
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf.startswith("delora_"):
+            layers.setdefault(layer, {})[leaf] = tuple(tensor.shape)
+    for layer, shapes in layers.items():
+        needed = TENSOR_NAMES + (INIT_TENSOR_NAMES if any(leaf in INIT_TENSOR_NAMES for leaf in shapes) else ())
+        if missing := [leaf for leaf in needed if leaf not in shapes]:
+            raise AdapterFileError(
+                f"{where}{layer} lacks {', '.join(missing)}; the adapter is incomplete, copy or train it again"
+            )
+        (r, inputs), (outputs, _) = ((*shapes[leaf], 0, 0)[:2] for leaf in ("delora_A", "delora_B"))
+        whole = {"A": (r, inputs), "B": (outputs, r), "lambda": (1,), "w_norm": (inputs,)}
+        for leaf in needed:
+            if shapes[leaf] != whole[leaf.removeprefix("delora_").removesuffix("_init")]:
+                raise AdapterFileError(
+                    f"{where}{layer}.{leaf} is {shapes[leaf]}, which does not go with delora_A {shapes['delora_A']} "
+                    f"and delora_B {shapes['delora_B']}; the adapter is damaged, copy or train it again"
+                )
+
+
 def _read_native(path: Path) -> Adapter:
     tensors, header = read_tensors(path)
     if header.get("format") != FORMAT:
@@ -112,6 +144,8 @@ def _read_native(path: Path) -> Adapter:
                 f"{path} holds {key!r}, but its header knows only {', '.join(configs)}; it is damaged"
             )
         named[component][name] = tensor
+    for component, tensors in named.items():
+        check_layers(tensors, where=f"{path}: {component}.")
     return Adapter(named, configs, {k: v for k, v in header.items() if k not in ("format", "delora_config")})
 
 
@@ -137,6 +171,7 @@ def _read_peft(folder: Path) -> Adapter:
         config, named = from_peft(values, tensors)
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"cannot use the configuration in {folder / CONFIG_NAME}: {error}") from error
+    check_layers(named, where=f"{folder}: ")
     return Adapter({component: named}, {component: config}, header | base)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter_file import Adapter, AdapterFileError, read_adapter
-from .delora import TENSOR_NAMES, factors_of
+from .adapter_file import Adapter, AdapterFileError, check_layers, read_adapter
+from .delora import factors_of
 from .inject import delora_names
 from .lora_names import ARCHITECTURES, Architecture, LoraError, architecture_of, unreadable
 from .lowrank import Factors, added, compressed, norm
@@ -118,6 +118,7 @@ def _check_same_base(layer: str, w: Tensor, norms: dict[str, Tensor]) -> None:
 
 def _by_layer(component: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """Tensors of each adapted layer (fp32, on the CPU), and the names of parameters trained in full."""
+    check_layers(tensors, where=f"{component}.")
     layers: dict[str, dict[str, Tensor]] = {}
     full = []
     for name, tensor in tensors.items():
@@ -127,8 +128,6 @@ def _by_layer(component: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, 
         else:
             full.append(f"{component}.{name}")
     for layer, named in layers.items():
-        if missing := [leaf for leaf in TENSOR_NAMES if leaf not in named]:
-            raise AdapterFileError(f"{component}.{layer} lacks {', '.join(missing)}; the adapter is incomplete")
         if wrong := [leaf for leaf, tensor in named.items() if not tensor.isfinite().all()]:
             raise AdapterFileError(f"{component}.{layer}.{wrong[0]} is not finite; the adapter is of no use")
     return layers, full

@@ -13,13 +13,14 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from delora_diffusion import (
     Adapter,
     AdapterFileError,
     DeloraConfig,
+    export_peft,
     inject_delora,
     load_delora_state_dict,
     read_adapter,
@@ -386,6 +387,33 @@ def test_values_that_are_not_finite_are_refused_when_read(value: float, pipe: An
     adapter.tensors["unet"][name] = torch.full_like(adapter.tensors["unet"][name], value)
     message = refusal(write_adapter(tmp_path, adapter))
     assert f"1 tensors that are not finite (unet.{name})" in message
+
+
+@pytest.mark.parametrize(
+    "form, leaf",
+    [*((form, leaf) for form in ("native", "peft") for leaf in ("A", "B", "lambda", "w_norm")), ("native", "B_init")],
+)
+def test_a_layer_that_is_incomplete_or_does_not_fit_together_is_refused_when_read(
+    form: str, leaf: str, pipe: Any, tmp_path: Path
+) -> None:
+    adapter = adapter_of(pipe, init_weights="residual" if leaf == "B_init" else "zero")
+    if form == "native":
+        file = source = write_adapter(tmp_path, adapter)
+    else:
+        source = export_peft(adapter, tmp_path)["unet"]
+        file = source / "adapter_model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    whole = load_file(file)
+    name = next(name for name in whole if name.endswith(f"delora_{leaf}"))
+    layer = name.removesuffix(f".delora_{leaf}").removeprefix("base_model.model.")
+    save_file({n: t for n, t in whole.items() if n != name}, file, metadata=header)
+    assert f"{layer} lacks delora_{leaf}; the adapter is incomplete" in refusal(source)
+    for dimension in range(leaf == "B", whole[name].dim()):  # how many outputs B has, only the base knows
+        save_file(whole | {name: torch.cat([whole[name]] * 2, dim=dimension)}, file, metadata=header)
+        assert f"{layer}.delora_" in refusal(source) and "does not go with" in refusal(source)
+    save_file(whole, file, metadata=header)
+    read_adapter(source)
 
 
 class Trap:
