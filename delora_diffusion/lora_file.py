@@ -27,7 +27,7 @@ from .lora_names import (
     style_of,
     tensor_endings,
 )
-from .lowrank import Factors, balanced, padded
+from .lowrank import Factors, halvable, padded
 from .updates import Updates, compressed_updates, gathered, known_architecture, summed
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -153,7 +153,7 @@ def _tensors(
             notes.append(f"{component}: {len(filled)} attention projections without an adapter are there as zeros")
         for layer, factors in {**layers, **filled}.items():
             name = lora_name(style, component, layer, architecture)
-            down, up = padded(balanced(factors) if dtype is torch.float16 else factors, rank)
+            down, up = padded(halvable(factors) if dtype is torch.float16 else factors, rank)
             tensors[name + down_end], tensors[name + up_end] = down.to(dtype).contiguous(), up.to(dtype).contiguous()
             if style == "kohya":
                 tensors[f"{name}.alpha"] = torch.tensor(float(rank), dtype=dtype)

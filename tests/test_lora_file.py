@@ -29,6 +29,7 @@ from delora_diffusion import (
     load_delora_weights,
     set_adapters,
     set_delora_adapters,
+    verify_lora,
     write_adapter,
 )
 from delora_diffusion.lora_names import LORA_FILE_NAME
@@ -268,6 +269,19 @@ def test_fp16_keeps_every_layer_within_half_a_thousandth(strength: float, pipes:
             up = name.replace("lora_A", "lora_B")
             wanted, found = exact[up] @ exact[name], half[up].float() @ half[name].float()
             assert float((found - wanted).norm() / wanted.norm()) < 5e-4
+
+
+def test_fp16_keeps_what_is_left_of_updates_that_cancel(pipes: Pipes, tmp_path: Path) -> None:
+    """A residual adapter after one small step: two large updates, whose difference is a thousandth of either."""
+    adapter = adapter_for(pipes("sd"), *components("sd"), init_weights="residual", r=4)
+    for named in adapter.tensors.values():
+        for name in [name for name in named if name.endswith("_init")]:
+            now = named[name.removesuffix("_init")]
+            generator = torch.Generator().manual_seed(len(name))
+            named[name] = now * (1 + 1e-3 * torch.randn(now.shape, generator=generator))
+    report = verify_lora(export_lora(adapter, tmp_path / "x.safetensors", dtype="fp16").path, adapter)
+    assert report.agrees(5e-4), report
+    assert verify_lora(export_lora(adapter, tmp_path / "y.safetensors").path, adapter).agrees(1e-5)
 
 
 # ---- sources ----------------------------------------------------------------------------------------
