@@ -22,6 +22,7 @@ from .lora_names import (
     LORA_FILE_NAME,
     Architecture,
     LoraError,
+    looked_up,
     lora_name,
     missing_attention,
     style_of,
@@ -103,6 +104,8 @@ def export_lora(
     family = known_architecture(adapters, updates, architecture)
     style = style_of(format, set(updates), family)
     tensors, width, more = _tensors(updates, style, family, DTYPES[dtype])
+    if format == "comfyui":
+        more += _lost_in_comfyui(updates, style, family)
     header = {"format": "pt"}
     if metadata:
         name = path.stem if path.name != LORA_FILE_NAME else path.resolve().parent.name
@@ -114,6 +117,17 @@ def export_lora(
         save_file(tensors, aside, metadata=header)
     counts = {component: len(layers) for component, layers in updates.items()}
     return ExportReport(path, style, width, counts, (*notes, *more))
+
+
+def _lost_in_comfyui(updates: Updates, style: str, architecture: Architecture | None) -> list[str]:
+    """A note on layers that ComfyUI has no name for."""
+    layers = [(component, layer) for component, few in updates.items() for layer in few]
+    lost = [
+        f"{component}.{layer}"
+        for component, layer in layers
+        if lora_name(style, component, layer, architecture) not in looked_up("comfyui", component, layer, architecture)
+    ]
+    return [f"ComfyUI finds {len(layers) - len(lost)} of {len(layers)} layers, not {lost[0]}"] if lost else []
 
 
 def _triggers(adapters: Sequence[Adapter]) -> str:
