@@ -82,9 +82,23 @@ def read_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
             return _read_peft(path)
         if parts := {p.parent.name: _read_peft(p.parent) for p in sorted(path.glob(f"*/{CONFIG_NAME}"))}:
             return _joined(parts)
-        inside = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-        raise AdapterFileError(f"{path} holds no adapter: expected {FILE_NAME} or {CONFIG_NAME}, found {inside}")
+        raise AdapterFileError(_nothing_in(path, source))
     return _read_native(path)
+
+
+def _nothing_in(folder: Path, source: str | Path) -> str:
+    """What to say of a folder that holds no adapter: what it holds, and what opens that."""
+    if not Path(source).exists():
+        return (
+            f"{source} on the Hub holds no adapter: neither {FILE_NAME} nor {CONFIG_NAME} with {WEIGHTS_NAME}, and "
+            f"nothing else is fetched; if it is a LoRA, pipe.load_lora_weights opens it"
+        )
+    inside = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+    said = f"{folder} holds no adapter: expected {FILE_NAME} or {CONFIG_NAME}, found {inside}"
+    for file in sorted(folder.glob("*.safetensors"))[:1]:
+        what = "it is a DeLoRA adapter; give the file itself" if is_native(file) else described(*read_tensors(file))
+        said += f". As to {file.name}, {what}"
+    return said
 
 
 def is_native(path: Path) -> bool:
@@ -158,11 +172,14 @@ def _read_peft(folder: Path) -> Adapter:
         raise AdapterFileError(
             f"{folder} is a PEFT adapter of type {values.get('peft_type')}, not DELORA; load it with PEFT"
         )
-    if not (folder / WEIGHTS_NAME).is_file() and list(folder.glob("*.bin")):
-        raise AdapterFileError(
-            f"{folder} holds pickled weights, which can carry code and are not read; if you trust them, open "
-            f"them with PEFT and save_pretrained them again: it writes {WEIGHTS_NAME}"
+    if not (folder / WEIGHTS_NAME).is_file():
+        pickled = (
+            f"pickled weights, which can carry code and are not read (nor fetched from the Hub); if you trust "
+            f"them, open them with PEFT and save_pretrained them again: it writes {WEIGHTS_NAME}"
         )
+        if list(folder.glob("*.bin")):
+            raise AdapterFileError(f"{folder} holds {pickled}")
+        raise AdapterFileError(f"{folder} holds {CONFIG_NAME}, but no {WEIGHTS_NAME}; perhaps it has {pickled}")
     tensors, header = read_tensors(folder / WEIGHTS_NAME)
     header.pop("format", None)
     component = header.pop("component", "")

@@ -242,6 +242,23 @@ def test_a_folder_without_an_adapter_says_what_it_holds(files: list[str], found:
     assert f"{tmp_path} holds no adapter: expected {FILE_NAME} or adapter_config.json, found {found}" in message
 
 
+def test_a_folder_with_another_file_says_what_that_is(pipe: Any, tmp_path: Path) -> None:
+    save_file({f"unet.{LAYER}.lora_A.weight": torch.ones(2, 2)}, tmp_path / "pytorch_lora_weights.safetensors")
+    said = "pytorch_lora_weights.safetensors, it is a LoRA in diffusers' names; pipe.load_lora_weights opens it"
+    assert f"As to {said}" in refusal(tmp_path)
+    write_adapter(tmp_path / "a.safetensors", adapter_of(pipe))
+    assert "As to a.safetensors, it is a DeLoRA adapter; give the file itself" in refusal(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(b"\0" * 9)
+    assert f"cannot read {tmp_path / 'a.safetensors'}" in refusal(tmp_path)
+
+
+def test_a_repository_of_the_hub_without_an_adapter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **settings: str(tmp_path))
+    message = refusal("someone/a-lora")
+    assert "someone/a-lora on the Hub holds no adapter" in message and "pipe.load_lora_weights" in message
+    assert str(tmp_path) not in message
+
+
 # ---- what is damaged ------------------------------------------------------------------------------
 
 
