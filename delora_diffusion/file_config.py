@@ -51,8 +51,12 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if self.rank is not None:
             at_least(self, 1, "rank")
-        if self.format == "peft" and self.rank is not None:
-            raise OptionError("format peft writes an adapter as it is; leave rank out, or export a LoRA")
+        plain = {"rank": None, "lora_dtype": "fp32", "trigger": None, "metadata": True, "allow_partial": False}
+        given = [name for name, default in plain.items() if getattr(self, name) != default]
+        if self.format == "peft" and given:
+            raise OptionError(
+                f"format peft writes an adapter as it is; leave {', '.join(given)} out, or export a LoRA"
+            )
 
 
 @dataclass(frozen=True)

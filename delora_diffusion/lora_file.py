@@ -140,11 +140,20 @@ def beside(source: str, format: str) -> Path:
     Raises:
         LoraError: the adapter is on the Hub, not on this machine.
     """
+    folder = folder_of(source)
+    return folder / (LORA_FILE_NAME if format == "diffusers" else f"{folder.resolve().name}_{format}.safetensors")
+
+
+def folder_of(source: str) -> Path:
+    """The folder an adapter lies in.
+
+    Raises:
+        LoraError: the adapter is on the Hub, not on this machine.
+    """
     path = Path(source)
     if not path.exists():
         raise LoraError(f"there is no file or folder {source} to write beside; say where to: output")
-    folder = path if path.is_dir() else path.parent
-    return folder / (LORA_FILE_NAME if format == "diffusers" else f"{folder.resolve().name}_{format}.safetensors")
+    return path if path.is_dir() else path.parent
 
 
 def _tensors(

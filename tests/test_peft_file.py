@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fnmatch
 import json
@@ -127,8 +128,17 @@ def test_a_residual_adapter_is_exact_at_any_pair_of_lambdas_and_with_floored_col
         DeloraConfig(r=2, target_modules=["to_q", "head"], exclude_modules=["blocks.0.to_q", "lm_head"]),
         DeloraConfig(r=2, target_modules="all-linear", relative_lambda=0.1, lambda_pattern={"head": 1.0}),
     ],
-    ids=["biases", "all biases", "saved modules", "saved and biases", "all-linear", "regex", "layers", "excluded",
-         "relative"],
+    ids=[
+        "biases",
+        "all biases",
+        "saved modules",
+        "saved and biases",
+        "all-linear",
+        "regex",
+        "layers",
+        "excluded",
+        "relative",
+    ],
 )
 def test_every_field_opens_in_peft_and_comes_back(config: DeloraConfig, tmp_path: Path) -> None:
     module = trained(net(), config)
@@ -268,8 +278,31 @@ def test_the_export_command_writes_a_folder_for_each_component(
                 factors_of(layer_tensors(layer, some[component])) for some in (written, native)
             )
             close(up @ down, up_0 @ down_0)
-    assert main(["export", f"--adapter={file}", "--format=peft", "--weights=0.5"]) == 1
-    assert "leave weights out" in capsys.readouterr().err
+    for ignored in ("--weights=0.5", "--rank=2", "--lora_dtype=fp16", "--trigger=sks", "--no-metadata",
+                    "--allow_partial", "--component=unet", "--architecture=sd1"):  # fmt: skip
+        with contextlib.suppress(SystemExit):
+            assert main(["export", f"--adapter={file}", "--format=peft", f"--output={tmp_path / 'new'}", ignored]) == 1
+        name = ignored.partition("=")[0].removeprefix("--").removeprefix("no-")
+        said = capsys.readouterr().err
+        assert "format peft writes" in said and name in said and "out" in said and not (tmp_path / "new").exists()
+
+
+def test_an_adapter_of_pefts_that_is_there_is_replaced_only_when_asked(
+    both: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_delora_weights("native", both)
+    (tmp_path / "native_peft" / "unet").mkdir(parents=True)
+    theirs = tmp_path / "native_peft" / "unet" / "adapter_config.json"
+    theirs.write_text("mine")
+    command = ["export", "--adapter", "native/", "--format", "peft"]
+    assert main(command) == 1
+    assert "unet holds an adapter; give another folder, or replace it with overwrite" in capsys.readouterr().err
+    assert theirs.read_text() == "mine" and not (tmp_path / "native_peft" / "text_encoder").exists()
+    assert main([*command, "--overwrite"]) == 0
+    assert read_adapter(tmp_path / "native_peft").tensors.keys() == {"unet", "text_encoder"}
+    assert main(["export", "--adapter", "some/where", "--format", "peft"]) == 1
+    assert "say where to: output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("told", [None, "text_encoder"])
