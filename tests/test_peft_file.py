@@ -127,6 +127,7 @@ def test_a_residual_adapter_is_exact_at_any_pair_of_lambdas_and_with_floored_col
         DeloraConfig(r=2, target_modules=["to_q", "to_v"], layers_to_transform=[1], layers_pattern="blocks"),
         DeloraConfig(r=2, target_modules=["to_q", "head"], exclude_modules=["blocks.0.to_q", "lm_head"]),
         DeloraConfig(r=2, target_modules="all-linear", relative_lambda=0.1, lambda_pattern={"head": 1.0}),
+        DeloraConfig(r=2, target_modules=["to_q", "head"], exclude_modules="attention", init_weights="kaiming"),
     ],
     ids=[
         "biases",
@@ -138,6 +139,7 @@ def test_a_residual_adapter_is_exact_at_any_pair_of_lambdas_and_with_floored_col
         "layers",
         "excluded",
         "relative",
+        "excluded by preset",
     ],
 )
 def test_every_field_opens_in_peft_and_comes_back(config: DeloraConfig, tmp_path: Path) -> None:
@@ -190,6 +192,20 @@ def test_ours_opens_a_folder_that_peft_wrote(init_weights: bool, bias: str, tmp_
     theirs.save_pretrained(str(tmp_path))
     adapter = read_adapter(tmp_path)
     assert adapter.configs[""].init_weights == ("zero" if init_weights else "kaiming")
+    ours = net()
+    inject_delora(ours, adapter.configs[""])
+    load_delora_state_dict(ours, adapter.tensors[""])
+    close(ours(X), theirs(X))
+
+
+def test_what_an_older_configuration_does_not_say_is_pefts_default(tmp_path: Path) -> None:
+    module = trained(net(), DeloraConfig(r=8, delora_lambda=15.0, target_modules=["to_q"]))
+    export_peft(module, tmp_path)
+    kept = {"peft_type": "DELORA", "target_modules": ["to_q"], "unheard_of": 1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(kept))
+    adapter = read_adapter(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(net(), str(tmp_path))
+    assert adapter.configs[""] == DeloraConfig(target_modules=["to_q"], init_weights="zero")
     ours = net()
     inject_delora(ours, adapter.configs[""])
     load_delora_state_dict(ours, adapter.tensors[""])
