@@ -97,6 +97,9 @@ def test_peft_opens_every_init_at_its_strength_with_the_same_outputs(
     assert float((module(X) - net()(X)).detach().abs().max()) > 0.02
     ranks = {layer.r["default"] for layer in theirs.modules() if isinstance(layer, peft.tuners.delora.DeloraLayer)}
     assert ranks == {8 if init_weights == "residual" else 4}
+    told = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    double = 2 if init_weights == "residual" else 1
+    assert (told["r"], told["delora_lambda"]) == (4 * double, 3.0 * double), "lambda / r stays"
 
 
 @pytest.mark.parametrize("lam, lam_0", [(3.0, 3.0), (0.5, 3.0), (4.0, 3.0), (-2.0, 3.0), (0.0, 3.0), (0.0, 0.0)])
