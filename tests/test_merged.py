@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
 from torch import Tensor
 
 from delora_diffusion import (
@@ -126,6 +127,16 @@ def test_a_sum_in_fp32_is_rounded_once_and_the_loss_is_what_rounding_cost(
         size += float((up @ down).square().sum())
     assert reports["unet"].rounding_loss == pytest.approx((lost / size) ** 0.5, rel=1e-3, abs=1e-9)
     assert (reports["unet"].rounding_loss == 0) == (kind == torch.float32)
+
+
+def test_the_precision_of_a_file_is_that_of_most_of_its_numbers(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    small = {f"norm.{number}": torch.ones(4) for number in range(9)}
+    file = tmp_path / "unet" / "model.safetensors"
+    save_file({"big": torch.ones(64, 64, dtype=torch.float16), **small}, file)
+    assert stored_dtypes(tmp_path) == {"unet": torch.float16}
+    save_file({"big": torch.ones(64, 64, dtype=torch.uint8), **small}, file)  # quantised
+    assert stored_dtypes(tmp_path) == {}
 
 
 def test_a_base_that_the_adapter_names_is_found_and_a_missing_one_is_asked_for(

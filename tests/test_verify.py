@@ -58,6 +58,24 @@ def test_an_export_agrees_and_each_loader_is_counted(
     assert f"A1111 {found['a1111']}/40" in str(report)
 
 
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_the_zeros_that_complete_a_text_encoder_are_not_unexpected(format: str, pipe: Any, tmp_path: Path) -> None:
+    adapter = adapter_for(pipe, "text_encoder", target_modules=["q_proj"])
+    made = export_lora(adapter, tmp_path / "x.safetensors", format=format)
+    assert "attention projections without an adapter are there as zeros" in str(made)
+    report = verify_lora(made.path, adapter)
+    assert report.layers == 2 and report.unexpected == () and report.agrees(1e-6)
+
+
+def test_a_layer_that_should_do_nothing_and_does_something_is_seen(adapter: Adapter, tmp_path: Path) -> None:
+    file = export_lora(adapter, tmp_path / "x.safetensors").path
+    report = verify_lora(file, adapter, weights=0.0)
+    assert report.largest_error == float("inf") and not report.agrees(1e9)
+    assert verify_lora(
+        export_lora(adapter, tmp_path / "y.safetensors", weights=0.0).path, adapter, weights=0.0
+    ).agrees(0)
+
+
 def test_a_transformer_is_found_by_comfyui_under_diffusers_names(tmp_path: Path) -> None:
     pipe = tiny_pipelines.stable_diffusion_3(tmp_path / "parts")
     adapter = adapter_for(pipe, "transformer", "text_encoder", "text_encoder_2")
