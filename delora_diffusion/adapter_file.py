@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .delora import INIT_TENSOR_NAMES, TENSOR_NAMES
 from .files import complete_file
 from .peft_format import CONFIG_NAME, WEIGHTS_NAME, from_peft
 from .targets import DeloraConfig
@@ -81,9 +82,23 @@ def read_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
             return _read_peft(path)
         if parts := {p.parent.name: _read_peft(p.parent) for p in sorted(path.glob(f"*/{CONFIG_NAME}"))}:
             return _joined(parts)
-        inside = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-        raise AdapterFileError(f"{path} holds no adapter: expected {FILE_NAME} or {CONFIG_NAME}, found {inside}")
+        raise AdapterFileError(_nothing_in(path, source))
     return _read_native(path)
+
+
+def _nothing_in(folder: Path, source: str | Path) -> str:
+    """What to say of a folder that holds no adapter: what it holds, and what opens that."""
+    if not Path(source).exists():
+        return (
+            f"{source} on the Hub holds no adapter: neither {FILE_NAME} nor {CONFIG_NAME} with {WEIGHTS_NAME}, and "
+            f"nothing else is fetched; if it is a LoRA, pipe.load_lora_weights opens it"
+        )
+    inside = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+    said = f"{folder} holds no adapter: expected {FILE_NAME} or {CONFIG_NAME}, found {inside}"
+    for file in sorted(folder.glob("*.safetensors"))[:1]:
+        what = "it is a DeLoRA adapter; give the file itself" if is_native(file) else described(*read_tensors(file))
+        said += f". As to {file.name}, {what}"
+    return said
 
 
 def is_native(path: Path) -> bool:
@@ -92,6 +107,37 @@ def is_native(path: Path) -> bool:
         return read_tensors(path)[1].get("format") == FORMAT
     except AdapterFileError:
         return False
+
+
+def check_layers(tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Refuse layers that lack a tensor, or whose tensors are not of one layer.
+
+    Args:
+        tensors: one component's, by their names in a file.
+        where: what to say in front of a layer's name.
+
+    Raises:
+        AdapterFileError: naming the first such layer.
+    """
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf.startswith("delora_"):
+            layers.setdefault(layer, {})[leaf] = tuple(tensor.shape)
+    for layer, shapes in layers.items():
+        needed = TENSOR_NAMES + (INIT_TENSOR_NAMES if any(leaf in INIT_TENSOR_NAMES for leaf in shapes) else ())
+        if missing := [leaf for leaf in needed if leaf not in shapes]:
+            raise AdapterFileError(
+                f"{where}{layer} lacks {', '.join(missing)}; the adapter is incomplete, copy or train it again"
+            )
+        (r, inputs), (outputs, _) = ((*shapes[leaf], 0, 0)[:2] for leaf in ("delora_A", "delora_B"))
+        whole = {"A": (r, inputs), "B": (outputs, r), "lambda": (1,), "w_norm": (inputs,)}
+        for leaf in needed:
+            if shapes[leaf] != whole[leaf.removeprefix("delora_").removesuffix("_init")]:
+                raise AdapterFileError(
+                    f"{where}{layer}.{leaf} is {shapes[leaf]}, which does not go with delora_A {shapes['delora_A']} "
+                    f"and delora_B {shapes['delora_B']}; the adapter is damaged, copy or train it again"
+                )
 
 
 def _read_native(path: Path) -> Adapter:
@@ -112,6 +158,8 @@ def _read_native(path: Path) -> Adapter:
                 f"{path} holds {key!r}, but its header knows only {', '.join(configs)}; it is damaged"
             )
         named[component][name] = tensor
+    for component, tensors in named.items():
+        check_layers(tensors, where=f"{path}: {component}.")
     return Adapter(named, configs, {k: v for k, v in header.items() if k not in ("format", "delora_config")})
 
 
@@ -124,11 +172,14 @@ def _read_peft(folder: Path) -> Adapter:
         raise AdapterFileError(
             f"{folder} is a PEFT adapter of type {values.get('peft_type')}, not DELORA; load it with PEFT"
         )
-    if not (folder / WEIGHTS_NAME).is_file() and list(folder.glob("*.bin")):
-        raise AdapterFileError(
-            f"{folder} holds pickled weights, which can carry code and are not read; if you trust them, open "
-            f"them with PEFT and save_pretrained them again: it writes {WEIGHTS_NAME}"
+    if not (folder / WEIGHTS_NAME).is_file():
+        pickled = (
+            f"pickled weights, which can carry code and are not read (nor fetched from the Hub); if you trust "
+            f"them, open them with PEFT and save_pretrained them again: it writes {WEIGHTS_NAME}"
         )
+        if list(folder.glob("*.bin")):
+            raise AdapterFileError(f"{folder} holds {pickled}")
+        raise AdapterFileError(f"{folder} holds {CONFIG_NAME}, but no {WEIGHTS_NAME}; perhaps it has {pickled}")
     tensors, header = read_tensors(folder / WEIGHTS_NAME)
     header.pop("format", None)
     component = header.pop("component", "")
@@ -137,6 +188,7 @@ def _read_peft(folder: Path) -> Adapter:
         config, named = from_peft(values, tensors)
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"cannot use the configuration in {folder / CONFIG_NAME}: {error}") from error
+    check_layers(named, where=f"{folder}: ")
     return Adapter({component: named}, {component: config}, header | base)
 
 

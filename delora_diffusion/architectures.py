@@ -1,6 +1,6 @@
 """Which layers to adapt in a transformers model when nobody says: by `config.model_type`, the choice PEFT makes.
 
-Only model types whose layers are `nn.Linear` are listed (GPT-2's are Conv1D).
+Only model types whose layers are `nn.Linear` are listed (those of GPT-2 and BTLM are Conv1D).
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ _MODEL_TYPES: dict[tuple[str, ...], str] = {
     ("query", "value"): "bert roberta xlm-roberta electra layoutlm",
     ("query_proj", "value_proj"): "deberta-v2",
     ("in_proj",): "deberta",
-    ("query_key_value",): "bloom gpt_neox falcon chatglm",
+    ("query_key_value",): "bloom gpt_neox falcon chatglm RefinedWeb RefinedWebModel",
     ("qkv_proj",): "codegen",
     ("Wqkv",): "mpt",
+    ("c_attn",): "gpt_bigcode",
+    ("key", "value", "receptance", "output"): "rwkv",
+    ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"): "rwkv7",
 }
-#: {model type: names of the layers}
-TARGETS: dict[str, list[str]] = {
+#: {model type: names of the layers, or one regular expression}
+TARGETS: dict[str, str | list[str]] = {
     name: list(layers) for layers, names in _MODEL_TYPES.items() for name in names.split()
-}
+} | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
 
 
 def with_targets(module: nn.Module, config: DeloraConfig) -> DeloraConfig:

@@ -123,7 +123,7 @@ def quiet_libraries() -> None:
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    for noisy in ("httpx", "PIL", "urllib3"):
+    for noisy in ("httpx", "httpx2", "PIL", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

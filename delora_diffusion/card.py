@@ -143,7 +143,6 @@ def push_to_hub(folder: Path, repo: str | None, *, private: bool = False, sheet:
         HubError: no such contact sheet, or the Hub refused.
     """
     from huggingface_hub import create_repo, upload_folder
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     adapter = read_adapter(folder)
     if sheet is not None and not sheet.is_file():
@@ -159,16 +158,23 @@ def push_to_hub(folder: Path, repo: str | None, *, private: bool = False, sheet:
         upload_folder(
             repo_id=url.repo_id, folder_path=folder, allow_patterns=list(UPLOADED), commit_message="DeLoRA adapter"
         )
-    except (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-        ConnectionError,
-    ) as error:
+    except Exception as error:
+        if not _of_the_hub(error):
+            raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise HubError(f"cannot upload {folder} as {name}: {first}; are you logged in (hf auth login)?") from error
     return str(url)
+
+
+def _of_the_hub(error: Exception) -> bool:
+    """Whether an upload failed because of the Hub or the way to it.
+
+    Not every version of huggingface_hub wraps the errors of its HTTP client, and that client has changed twice.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    known = HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, ConnectionError
+    return isinstance(error, known) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
 
 
 def _complete_card(folder: Path, repo_id: str, sheet: Path | None) -> None:

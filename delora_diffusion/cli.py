@@ -26,7 +26,7 @@ from .file_config import ExportConfig, InspectionConfig, LoraConfig, MergingConf
 from .files import complete_file
 from .inspection import as_json, as_table, inspect_adapter
 from .inspection_plot import plot_inspections
-from .lora_file import beside, export_lora
+from .lora_file import beside, export_lora, folder_of
 from .lora_names import LoraError
 from .merged import merge_into_base
 from .options import OptionError, parse
@@ -92,7 +92,10 @@ def _export(argv: Sequence[str]) -> None:
     if config.format == "peft":
         if len(made.adapter) > 1 or made.weights != [1.0]:
             raise OptionError("format peft writes one adapter at the strength it was trained; leave weights out")
-        for component, folder in export_peft(made.adapter[0], config.output or f"{made.adapter[0]}_peft").items():
+        if made.component or made.architecture:
+            raise OptionError("format peft writes every component as it is; leave component and architecture out")
+        output = config.output or f"{folder_of(made.adapter[0]).resolve()}_peft"
+        for component, folder in export_peft(made.adapter[0], output, overwrite=config.overwrite).items():
             log.info("%s: %s", component or "adapter", folder)
         return
     report = export_lora(
@@ -105,8 +108,8 @@ def _export(argv: Sequence[str]) -> None:
 
 
 def _verify(argv: Sequence[str]) -> None:
-    """compare a LoRA file with the adapters it was exported from, layer by layer"""
-    title = "Compare a LoRA file with the adapters it was exported from."
+    """compare a LoRA file or PEFT folder with the adapters it was exported from, layer by layer"""
+    title = "Compare a LoRA file or PEFT folder with the adapters it was exported from."
     made, config = parse(argv, LoraConfig, VerifyConfig, prog="delora verify", description=title)
     report = verify_lora(
         config.file, made.adapter, weights=made.weights[0] if len(made.weights) == 1 else made.weights,

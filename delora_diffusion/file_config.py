@@ -51,15 +51,19 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if self.rank is not None:
             at_least(self, 1, "rank")
-        if self.format == "peft" and self.rank is not None:
-            raise OptionError("format peft writes an adapter as it is; leave rank out, or export a LoRA")
+        plain = {"rank": None, "lora_dtype": "fp32", "trigger": None, "metadata": True, "allow_partial": False}
+        given = [name for name, default in plain.items() if getattr(self, name) != default]
+        if self.format == "peft" and given:
+            raise OptionError(
+                f"format peft writes an adapter as it is; leave {', '.join(given)} out, or export a LoRA"
+            )
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """The LoRA file to check."""
+    """The LoRA file, or PEFT folder, to check."""
 
-    file: str = option("", "LoRA file, or folder with pytorch_lora_weights.safetensors")
+    file: str = option("", "LoRA file, or folder with pytorch_lora_weights.safetensors or of PEFT")
     tolerance: float = option(1e-3, "largest relative error of a layer's update that counts as the same")
 
     def __post_init__(self) -> None:

@@ -194,7 +194,12 @@ def _total(row: Mapping[str, LayerFigures]) -> str:
 def _origin(inspection: Inspection) -> list[str]:
     lines = [f"    {name}: {value}" for name, value in sorted(inspection.provenance.items()) if value]
     for component, settings in inspection.settings.items():
-        told = ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, {}, [], 0.0))
+        unused = "delora_lambda" if settings.get("relative_lambda") is not None else ""
+        told = ", ".join(
+            f"{name} {value}"
+            for name, value in settings.items()
+            if value not in (None, {}, [], 0.0) and name != unused
+        )
         full = inspection.trained_in_full[component]
         lines.append(f"    {component or '(one module)'}: {inspection.parameters[component]:,} parameters; {told}")
         if full:

@@ -22,12 +22,13 @@ from .lora_names import (
     LORA_FILE_NAME,
     Architecture,
     LoraError,
+    looked_up,
     lora_name,
     missing_attention,
     style_of,
     tensor_endings,
 )
-from .lowrank import Factors, balanced, padded
+from .lowrank import Factors, halvable, padded
 from .updates import Updates, compressed_updates, gathered, known_architecture, summed
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -77,7 +78,7 @@ def export_lora(
         rank: compress to this rank by SVD; the error is in the report. None: exact.
         dtype: "fp32" or "fp16".
         component: what a PEFT folder or a bare module is for ("unet", "transformer", "text_encoder", ...).
-        architecture: "sd1", "sd2", "sdxl", "sd3" or "flux1", where file and shapes do not tell.
+        architecture: "sd1", "sdxl", "flux1", ... (`ARCHITECTURES`), where file and shapes do not tell.
         adapter_name: which adapter of a module or pipeline.
         trigger: words for the header; the prompt it was trained with if None.
         metadata: write the header that user interfaces read.
@@ -103,6 +104,8 @@ def export_lora(
     family = known_architecture(adapters, updates, architecture)
     style = style_of(format, set(updates), family)
     tensors, width, more = _tensors(updates, style, family, DTYPES[dtype])
+    if format == "comfyui":
+        more += _lost_in_comfyui(updates, style, family)
     header = {"format": "pt"}
     if metadata:
         name = path.stem if path.name != LORA_FILE_NAME else path.resolve().parent.name
@@ -116,6 +119,17 @@ def export_lora(
     return ExportReport(path, style, width, counts, (*notes, *more))
 
 
+def _lost_in_comfyui(updates: Updates, style: str, architecture: Architecture | None) -> list[str]:
+    """A note on layers that ComfyUI has no name for."""
+    layers = [(component, layer) for component, few in updates.items() for layer in few]
+    lost = [
+        f"{component}.{layer}"
+        for component, layer in layers
+        if lora_name(style, component, layer, architecture) not in looked_up("comfyui", component, layer, architecture)
+    ]
+    return [f"ComfyUI finds {len(layers) - len(lost)} of {len(layers)} layers, not {lost[0]}"] if lost else []
+
+
 def _triggers(adapters: Sequence[Adapter]) -> str:
     return ", ".join(dict.fromkeys(filter(None, (a.provenance.get("instance_prompt") for a in adapters))))
 
@@ -126,11 +140,20 @@ def beside(source: str, format: str) -> Path:
     Raises:
         LoraError: the adapter is on the Hub, not on this machine.
     """
+    folder = folder_of(source)
+    return folder / (LORA_FILE_NAME if format == "diffusers" else f"{folder.resolve().name}_{format}.safetensors")
+
+
+def folder_of(source: str) -> Path:
+    """The folder an adapter lies in.
+
+    Raises:
+        LoraError: the adapter is on the Hub, not on this machine.
+    """
     path = Path(source)
     if not path.exists():
         raise LoraError(f"there is no file or folder {source} to write beside; say where to: output")
-    folder = path if path.is_dir() else path.parent
-    return folder / (LORA_FILE_NAME if format == "diffusers" else f"{folder.resolve().name}_{format}.safetensors")
+    return path if path.is_dir() else path.parent
 
 
 def _tensors(
@@ -153,7 +176,7 @@ def _tensors(
             notes.append(f"{component}: {len(filled)} attention projections without an adapter are there as zeros")
         for layer, factors in {**layers, **filled}.items():
             name = lora_name(style, component, layer, architecture)
-            down, up = padded(balanced(factors) if dtype is torch.float16 else factors, rank)
+            down, up = padded(halvable(factors) if dtype is torch.float16 else factors, rank)
             tensors[name + down_end], tensors[name + up_end] = down.to(dtype).contiguous(), up.to(dtype).contiguous()
             if style == "kohya":
                 tensors[f"{name}.alpha"] = torch.tensor(float(rank), dtype=dtype)

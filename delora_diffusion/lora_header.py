@@ -40,9 +40,10 @@ def lora_header(
         "modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": implementation, "modelspec.title": name,
         "modelspec.hash_sha256": f"0x{digest}",
     }  # fmt: skip
-    if architecture is not None:
+    if architecture is not None and architecture.base_version:
         fields["ss_base_model_version"] = architecture.base_version
         fields["ss_v2"] = str(architecture.base_version.startswith("sd_v2"))
+    if architecture is not None and architecture.model_spec:
         fields["modelspec.architecture"] = f"{architecture.model_spec}/lora"
     if trigger:
         fields["modelspec.trigger_phrase"] = trigger

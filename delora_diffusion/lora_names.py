@@ -25,12 +25,25 @@ _UNET_TABLE = re.compile(
     r"(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)))|resnets\.\d+\.time_emb_proj)"
     r"|(time|add)_embedding\.linear_[12]"
 )
-#: Linear layers of SD3 and FLUX.1 in ComfyUI's tables.
-_TRANSFORMER_TABLE = re.compile(
-    r"transformer_blocks\.\d+\.(attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|norm1(_context)?\.linear"
-    r"|ff(_context)?\.net\.(0\.proj|2))|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|norm\.linear|proj_mlp"
-    r"|proj_out)|x_embedder|context_embedder|proj_out|norm_out\.linear|time_text_embed\.\w+\.linear_[12]"
-)
+_JOINT = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+_FF = r"ff(_context)?\.net\.(0\.proj|2)"
+_TIME = r"time_text_embed\.(timestep|text|guidance)_embedder\.linear_[12]"
+#: Linear layers of transformers that ComfyUI finds by diffusers' names, by architecture: its tables in September 2026.
+#: It has FLUX.1 and FLUX.2 in one; Sana and Lumina 2 it does not find by these names at all.
+_TRANSFORMER_TABLES = {
+    "sd3": rf"{_JOINT}|attn2\.(to_[qkv]|to_out\.0)|norm1(_context)?\.linear|{_FF})"
+    rf"|context_embedder|proj_out|norm_out\.linear|{_TIME}",
+    "flux": rf"{_JOINT}|norm1(_context)?\.linear|{_FF}|ff(_context)?\.linear_(in|out))"
+    r"|single_transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_qkv_mlp_proj|to_out)|norm\.linear|proj_mlp|proj_out)"
+    rf"|x_embedder|context_embedder|proj_out|norm_out\.linear|{_TIME}",
+    "qwen_image": rf"{_JOINT}|(img|txt)_mlp\.net\.(0\.proj|2)|(img|txt)_mod\.1)"
+    rf"|img_in|txt_in|proj_out|norm_out\.linear|{_TIME}",
+    "z_image": r"(layers|context_refiner|noise_refiner)\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]"
+    r"|adaLN_modulation\.0)|all_x_embedder\.2-1|all_final_layer\.2-1\.(linear|adaLN_modulation\.1)|cap_embedder\.1"
+    r"|t_embedder\.mlp\.[02]",
+    "pixart": r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))|proj_out"
+    r"|adaln_single\.(linear|emb\.\w+_embedder\.linear_[12])|caption_projection\.linear_[12]",
+}
 
 
 class LoraError(ValueError):
@@ -45,15 +58,17 @@ class Architecture:
         name: how it is asked for.
         denoiser: its component in a diffusers pipeline.
         encoders: its text encoders that LoRA loaders know, with their prefix in kohya's names.
-        model_spec: `modelspec.architecture`.
-        base_version: kohya's `ss_base_model_version`, by which A1111 hides LoRAs that do not fit.
+        model_spec: `modelspec.architecture`, "" where no tool has agreed on one.
+        base_version: kohya's `ss_base_model_version`, by which A1111 hides LoRAs that do not fit; "" as above.
+        table: which of `_TRANSFORMER_TABLES` ComfyUI reads its denoiser by.
     """
 
     name: str
     denoiser: str
     encoders: Mapping[str, str]
-    model_spec: str
-    base_version: str
+    model_spec: str = ""
+    base_version: str = ""
+    table: str = ""
 
 
 _XL = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
@@ -64,11 +79,21 @@ ARCHITECTURES = {
         Architecture("sd2", "unet", {"text_encoder": "lora_te"}, "stable-diffusion-v2-512", "sd_v2"),
         Architecture("sd2_v", "unet", {"text_encoder": "lora_te"}, "stable-diffusion-v2-768-v", "sd_v2_v"),
         Architecture("sdxl", "unet", _XL, "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
-        Architecture("sd3", "transformer", _XL, "stable-diffusion-3", "sd3"),
-        Architecture("flux1", "transformer", {"text_encoder": "lora_te1"}, "flux-1-dev", "flux1"),
+        Architecture("sd3", "transformer", _XL, "stable-diffusion-3", "sd3", "sd3"),
+        Architecture("flux1", "transformer", {"text_encoder": "lora_te1"}, "flux-1-dev", "flux1", "flux"),
+        Architecture("flux2", "transformer", {}, table="flux"),
+        Architecture("qwen_image", "transformer", {}, "Qwen-Image", "qwen_image", "qwen_image"),
+        Architecture("z_image", "transformer", {}, "Z-Image", table="z_image"),
+        Architecture("lumina2", "transformer", {}, "lumina-2"),
+        Architecture("sana", "transformer", {}),
+        Architecture("pixart", "transformer", {}, table="pixart"),
     )
 }
-_PIPELINES = {"StableDiffusionXL": "sdxl", "StableDiffusion3": "sd3", "Flux2": None, "Flux": "flux1"}
+#: Start of the pipeline's class, and its architecture; the first that fits counts.
+_PIPELINES = {
+    "StableDiffusionXL": "sdxl", "StableDiffusion3": "sd3", "Flux2": "flux2", "Flux": "flux1",
+    "QwenImage": "qwen_image", "ZImage": "z_image", "Lumina2": "lumina2", "Sana": "sana", "PixArt": "pixart",
+}  # fmt: skip
 
 
 def architecture_of(
@@ -83,7 +108,7 @@ def architecture_of(
     """
     for start, name in _PIPELINES.items():
         if pipeline.startswith(start):
-            return ARCHITECTURES[name] if name else None
+            return ARCHITECTURES[name]
     unet = widths.get("unet", {})
     cross = {width for layer, width in unet.items() if layer.endswith(("attn2.to_k", "attn2.to_v"))}
     if cross == {2048} or ("text_encoder_2" in widths and "transformer" not in widths):
@@ -162,15 +187,20 @@ def missing_attention(component: str, layers: Mapping[str, object]) -> list[tupl
     ]
 
 
-def looked_up(program: str, component: str, layer: str) -> set[str]:
+def looked_up(program: str, component: str, layer: str, architecture: Architecture | None = None) -> set[str]:
     """The names under which "comfyui" (Forge has the same tables) or "a1111" looks for a layer's LoRA.
 
     Sources: ComfyUI comfy/lora.py and comfy/utils.py, A1111 extensions-builtin/Lora/networks.py.
+
+    Args:
+        architecture: whose transformer it is; None counts what ComfyUI finds in any.
     """
     path = canonical(component, layer)
     flat = path.replace(".", "_")
     if component == "transformer":
-        return {f"transformer.{path}"} if program == "comfyui" and _TRANSFORMER_TABLE.fullmatch(path) else set()
+        tables = _TRANSFORMER_TABLES if architecture is None else (architecture.table,)
+        found = any(re.fullmatch(_TRANSFORMER_TABLES[name], path) for name in tables if name)
+        return {f"transformer.{path}"} if program == "comfyui" and found else set()
     if component == "unet":
         names = {f"lora_unet_{_ORIGINAL.get(path, flat)}"} if _UNET_TABLE.fullmatch(path) else set()
         if program == "comfyui" and names:  # diffusers' names as they were in 2023, with the attention's processor

@@ -57,14 +57,17 @@ def compressed(factors: Factors, rank: int) -> tuple[Factors, float]:
     By the SVD of the R x R core (Eckart-Young: nothing of this rank is nearer), in fp64; each component's strength is
     shared evenly by its two halves.
     """
-    if factors.rank <= rank:
-        return factors, 0.0
-    q_up, q_down, core = _core(factors)
-    u, s, vh = torch.linalg.svd(core)
-    root = s[:rank].sqrt()
-    down = (root[:, None] * vh[:rank]) @ q_down.T
-    up = (q_up @ u[:, :rank]) * root
-    return Factors(down.to(factors.down), up.to(factors.up)), float(torch.linalg.vector_norm(s[rank:]))
+    return (factors, 0.0) if factors.rank <= rank else _by_svd(factors, rank)
+
+
+def halvable(factors: Factors) -> Factors:
+    """The same update in factors that half precision holds to 3e-4: `balanced`, and with orthogonal components where
+    the given ones cancel, as the two halves of a residual adapter do: half of a large number is a large error of a
+    small difference."""
+    alone = torch.linalg.vector_norm(factors.down, dim=1) * torch.linalg.vector_norm(factors.up, dim=0)
+    if norm(factors) < 0.5 * float(torch.linalg.vector_norm(alone)):
+        return _by_svd(factors, factors.rank)[0]
+    return balanced(factors)
 
 
 def norm(factors: Factors) -> float:
@@ -75,6 +78,15 @@ def norm(factors: Factors) -> float:
 def distance(first: Factors, second: Factors) -> float:
     """|up_1 @ down_1 - up_2 @ down_2|_F, without cancellation: it is the norm of one factored matrix."""
     return norm(added([first, scaled(second, -1.0)]))
+
+
+def _by_svd(factors: Factors, rank: int) -> tuple[Factors, float]:
+    q_up, q_down, core = _core(factors)
+    u, s, vh = torch.linalg.svd(core, full_matrices=False)
+    root = s[:rank].sqrt()
+    down = (root[:, None] * vh[:rank]) @ q_down.T
+    up = (q_up @ u[:, :rank]) * root
+    return Factors(down.to(factors.down), up.to(factors.up)), float(torch.linalg.vector_norm(s[rank:]))
 
 
 def _core(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:

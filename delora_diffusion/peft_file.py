@@ -16,11 +16,13 @@ from torch import nn
 
 from .adapter_file import Adapter
 from .files import complete_file
-from .peft_format import CONFIG_NAME, WEIGHTS_NAME, check_expressible, to_peft
+from .peft_format import CONFIG_NAME, WEIGHTS_NAME, PeftFormatError, check_expressible, to_peft
 from .pipeline import as_adapter, live_modules
 
 
-def export_peft(source: Any, directory: str | Path, *, adapter_name: str = "default") -> dict[str, Path]:
+def export_peft(
+    source: Any, directory: str | Path, *, adapter_name: str = "default", overwrite: bool = False
+) -> dict[str, Path]:
     """Write an adapter as a PEFT folder for each component: `directory/unet`, `directory/text_encoder`, ...
 
     The strength an adapter has now is part of what is written. A residual adapter is written at twice its rank, the
@@ -30,22 +32,27 @@ def export_peft(source: Any, directory: str | Path, *, adapter_name: str = "defa
         source: what `read_adapter` reads, an `Adapter`, a pipeline, or modules {component: module}; an adapter of a
             single module (component "") is written to `directory` itself.
         adapter_name: which adapter of a pipeline or of modules.
+        overwrite: replace an adapter of PEFT's that is there.
 
     Returns:
         The folder of each component.
 
     Raises:
         AdapterFileError: `source` holds no adapter.
-        PeftFormatError: an adapter that PEFT cannot express; nothing is written.
+        PeftFormatError: an adapter that PEFT cannot express, or one that must not be replaced; nothing is written.
     """
     adapter = as_adapter(source, adapter_name)
     modules = live_modules(source)
     for component, tensors in adapter.tensors.items():
         if component in modules:
             check_expressible(modules[component], adapter.configs[component], tensors)
+    folders = {component: Path(directory) / component for component in adapter.tensors}
+    for folder in folders.values():
+        if (folder / CONFIG_NAME).exists() and not overwrite:
+            raise PeftFormatError(f"{folder} holds an adapter; give another folder, or replace it with overwrite")
     return {
-        component: write_peft(Path(directory) / component, adapter, component, module=modules.get(component))
-        for component in adapter.tensors
+        component: write_peft(folder, adapter, component, module=modules.get(component))
+        for component, folder in folders.items()
     }
 
 

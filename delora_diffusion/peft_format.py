@@ -3,8 +3,9 @@
 PEFT's DeLoRA has the same formula and the same tensors, so most of this is renaming. Four things are not:
 
 * PEFT has no residual adapter. Its two updates, dW - dW_0, are written as one adapter of rank 2r (`_as_one`), exactly.
-* The targets None and "all-linear" and regular expressions are written as the names of the layers themselves: PEFT
-  refuses "all-linear" outside transformers, and regular expressions that also match a container of layers.
+* The targets None and "all-linear", regular expressions and what presets exclude are written as the names of the
+  layers themselves: PEFT refuses "all-linear" outside transformers, and regular expressions that also match a
+  container of layers, and knows no presets.
 * PEFT has no relative lambda: the lambdas that follow from it are written.
 * A bias of an adapted layer is called `<layer>.base_layer.bias` in PEFT.
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .delora import INIT_TENSOR_NAMES, NORM_FLOOR, TENSOR_NAMES
-from .targets import DeloraConfig, within
+from .targets import PRESETS, DeloraConfig, within
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -166,7 +167,9 @@ def _fields(config: DeloraConfig, layers: list[str], *, residual: bool, saved: l
         fields |= {name: 2 * fields[name] for name in ("r", "delora_lambda")}
         for name in ("rank_pattern", "lambda_pattern"):
             fields[name] = {pattern: 2 * value for pattern, value in fields[name].items()}
-    if not isinstance(config.target_modules, list):
-        fields |= {"target_modules": exactly(layers), "exclude_modules": None}
+    preset = isinstance(config.exclude_modules, str) and config.exclude_modules in PRESETS
+    if preset or not isinstance(config.target_modules, list):
+        chosen = ("exclude_modules", "layers_to_transform", "layers_pattern")
+        fields |= {"target_modules": exactly(layers), **dict.fromkeys(chosen)}
     fields |= {"init_weights": config.init_weights == "zero", "modules_to_save": saved or None}
     return {"peft_type": "DELORA", "task_type": None, "inference_mode": True, **fields}

@@ -285,7 +285,7 @@ def unload_delora_weights(pipe: Any) -> None:
 def load_pipeline(
     base: str | Path, *adapters: str | Path, weights: float | Sequence[float] | None = None, **from_pretrained: Any
 ) -> Any:
-    """A plain diffusers pipeline of `base` with adapters fused into it, ready to sample.
+    """A plain diffusers pipeline of `base` with adapters fused into it, ready to sample; prints what matched.
 
     Args:
         base: folder or Hub id of the base pipeline.
@@ -298,8 +298,10 @@ def load_pipeline(
     if "torch_dtype" not in from_pretrained:  # left alone, transformers 5 keeps fp16 files fp16 and diffusers does not
         from_pretrained = {"dtype": torch.float32, **from_pretrained}
     pipe = DiffusionPipeline.from_pretrained(str(base), **from_pretrained)
-    names = [load_delora_weights(pipe, adapter).adapter_name for adapter in adapters]
-    set_adapters(pipe, names, 1.0 if weights is None else weights)
+    reports = [load_delora_weights(pipe, adapter) for adapter in adapters]
+    set_adapters(pipe, [report.adapter_name for report in reports], 1.0 if weights is None else weights)
+    for report in reports:
+        print(report)  # it returns the pipeline, so what matched can be told only so
     for module in _adapted(pipe).values():
         merge.merge_delora(module, permanently=True)
     return pipe

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter_file import Adapter, AdapterFileError, read_adapter
-from .delora import TENSOR_NAMES, factors_of
+from .adapter_file import Adapter, AdapterFileError, check_layers, read_adapter
+from .delora import factors_of
 from .inject import delora_names
 from .lora_names import ARCHITECTURES, Architecture, LoraError, architecture_of, unreadable
 from .lowrank import Factors, added, compressed, norm
@@ -58,9 +58,13 @@ def _adapter_of(source: Any, component: str | None, adapter_name: str) -> Adapte
 
 
 def summed(
-    adapters: Sequence[Adapter], weights: float | Sequence[float], *, allow_partial: bool
+    adapters: Sequence[Adapter], weights: float | Sequence[float], *, allow_partial: bool, for_lora: bool = True
 ) -> tuple[Updates, tuple[str, ...]]:
     """The weighted sum of adapters, layer by layer and exact, and notes on what was left out or widened.
+
+    Args:
+        allow_partial: leave out what a LoRA cannot hold, instead of refusing.
+        for_lora: count layers that no LoRA loader has names for among that.
 
     Raises:
         AdapterFileError: an adapter that is incomplete or not finite.
@@ -80,9 +84,10 @@ def summed(
     for adapter, value in zip(adapters, values, strict=True):
         for component, tensors in adapter.tensors.items():
             layers, full = _by_layer(component, tensors)
-            left_out += full + [f"{component}.{layer}" for layer in layers if unreadable(component, layer)]
+            nameless = {layer for layer in layers if for_lora and unreadable(component, layer)}
+            left_out += full + [f"{component}.{layer}" for layer in layers if layer in nameless]
             for layer, named in layers.items():
-                if not unreadable(component, layer):
+                if layer not in nameless:
                     _check_same_base(f"{component}.{layer}", named["delora_w_norm"], norms)
                     residual |= "delora_A_init" in named
                     few = parts.setdefault(component, {}).setdefault(layer, [])
@@ -113,6 +118,7 @@ def _check_same_base(layer: str, w: Tensor, norms: dict[str, Tensor]) -> None:
 
 def _by_layer(component: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """Tensors of each adapted layer (fp32, on the CPU), and the names of parameters trained in full."""
+    check_layers(tensors, where=f"{component}.")
     layers: dict[str, dict[str, Tensor]] = {}
     full = []
     for name, tensor in tensors.items():
@@ -122,8 +128,6 @@ def _by_layer(component: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, 
         else:
             full.append(f"{component}.{name}")
     for layer, named in layers.items():
-        if missing := [leaf for leaf in TENSOR_NAMES if leaf not in named]:
-            raise AdapterFileError(f"{component}.{layer} lacks {', '.join(missing)}; the adapter is incomplete")
         if wrong := [leaf for leaf, tensor in named.items() if not tensor.isfinite().all()]:
             raise AdapterFileError(f"{component}.{layer}.{wrong[0]} is not finite; the adapter is of no use")
     return layers, full

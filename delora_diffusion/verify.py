@@ -1,4 +1,4 @@
-"""Is an exported LoRA the adapter it came from? Layer by layer, and by the names each program looks up."""
+"""Is an exported file the adapter it came from? Layer by layer, and by the names each program looks up."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .lora_names import LORA_FILE_NAME, LoraError, canonical, looked_up, lora_name, tensor_endings
+from .adapter_file import Adapter
+from .lora_names import LORA_FILE_NAME, Architecture, LoraError, canonical, looked_up, lora_name, tensor_endings
 from .lowrank import Factors, distance, norm
+from .peft_format import CONFIG_NAME
+from .targets import is_target
 from .tensor_file import described, read_tensors
 from .updates import Updates, gathered, known_architecture, summed
 
@@ -45,7 +48,7 @@ class VerifyReport:
         for what, names in (("missing", self.missing), ("unexpected", self.unexpected)):
             if names:
                 lines.append(f"{len(names)} {what}: {', '.join(names[:5])}")
-        titles = {"comfyui": "ComfyUI, Forge", "a1111": "A1111"}
+        titles = {"comfyui": "ComfyUI, Forge", "a1111": "A1111", "peft": "PEFT"}
         found = [f"{titles.get(name, name)} {count}/{self.layers}" for name, count in self.loaders.items()]
         return "\n".join([*lines, f"layers found by {'; '.join(found)}"])
 
@@ -59,46 +62,63 @@ def verify_lora(
     architecture: str | None = None,
     adapter_name: str = "default",
 ) -> VerifyReport:
-    """Compare a LoRA file with the adapter (or the weighted sum of adapters) it was exported from.
+    """Compare a LoRA file, or PEFT's folders, with the adapter (or the sum of adapters) it was exported from.
 
     The diffusers count is of layers that diffusers' own conversion brings to their place with the file's own values;
-    the others are counted by the names those programs look up.
+    PEFT's of those that its configuration targets; the others are counted by the names those programs look up.
 
     Args:
-        file: the LoRA, or a folder that holds `pytorch_lora_weights.safetensors`.
+        file: the LoRA, a folder that holds `pytorch_lora_weights.safetensors`, or one that holds PEFT's.
         source, weights, component, architecture, adapter_name: what `export_lora` was given.
 
     Raises:
         AdapterFileError, LoraError: one of them cannot be read, or the file is no LoRA.
     """
     path = Path(file)
+    adapters = gathered(source, component=component, adapter_name=adapter_name)
+    if not (path / LORA_FILE_NAME).is_file() and [*path.glob(CONFIG_NAME), *path.glob(f"*/{CONFIG_NAME}")]:
+        updates, _ = summed(adapters, weights, allow_partial=True, for_lora=False)
+        (exported,) = gathered(path, component=component)
+        inside = _by_name(summed([exported], 1.0, allow_partial=True, for_lora=False)[0], "diffusers", None)
+        return _compared(inside, _by_name(updates, "diffusers", None), {"peft": _found_by_peft(exported, updates)})
     path = path / LORA_FILE_NAME if path.is_dir() else path
     tensors, header = read_tensors(path)
     if not any("lora_" in name.rpartition(".")[0] for name in tensors):
         raise LoraError(f"{path} is no LoRA: {described(tensors, header)}")
-    adapters = gathered(source, component=component, adapter_name=adapter_name)
     updates, _ = summed(adapters, weights, allow_partial=True)
     family = known_architecture(adapters, updates, architecture)
     style = "kohya" if any(name.startswith(("lora_unet_", "lora_te")) for name in tensors) else "diffusers"
-    inside = _updates_in(tensors, style)
-    missing, largest, worst = [], -1.0, "none"
-    wanted = {
-        lora_name(style, component, layer, family): (f"{component}.{layer}", factors)
+    inside = {name: (name, factors) for name, factors in _updates_in(tensors, style).items()}
+    loaders = {"diffusers": _found_by_diffusers(tensors, updates)} | {
+        program: _found_by_name(program, set(inside), updates, family) for program in PROGRAMS[1:]
+    }
+    return _compared(inside, _by_name(updates, style, family), loaders)
+
+
+#: name in a file -> (what to call it, its update)
+_Named = Mapping[str, tuple[str, Factors]]
+
+
+def _by_name(updates: Updates, style: str, architecture: Architecture | None) -> dict[str, tuple[str, Factors]]:
+    return {
+        lora_name(style, component, layer, architecture): (f"{component}.{layer}", factors)
         for component, layers in updates.items()
         for layer, factors in layers.items()
     }
+
+
+def _compared(inside: _Named, wanted: _Named, loaders: dict[str, int]) -> VerifyReport:
+    """What a file holds beside what it should hold, both by the names in the file."""
+    missing, largest, worst = [], -1.0, "none"
     for name, (layer, factors) in wanted.items():
         if name not in inside:
             missing.append(layer)
             continue
-        whole, off = norm(factors), distance(inside[name], factors)
+        whole, off = norm(factors), distance(inside[name][1], factors)
         error = off / whole if whole else (0.0 if off == 0 else float("inf"))
         if error > largest:
             largest, worst = error, layer
-    unexpected = tuple(name for name in inside if name not in wanted and norm(inside[name]) > 0)
-    loaders = {"diffusers": _found_by_diffusers(tensors, updates)} | {
-        program: _found_by_name(program, set(inside), updates) for program in PROGRAMS[1:]
-    }
+    unexpected = tuple(called for name, (called, few) in inside.items() if name not in wanted and norm(few) > 0)
     return VerifyReport(len(wanted), tuple(missing), unexpected, max(largest, 0.0), worst, loaders)
 
 
@@ -118,9 +138,19 @@ def _updates_in(tensors: Mapping[str, Tensor], style: str) -> dict[str, Factors]
     return found
 
 
-def _found_by_name(program: str, names: set[str], updates: Updates) -> int:
+def _found_by_name(program: str, names: set[str], updates: Updates, architecture: Architecture | None) -> int:
     layers = [(component, layer) for component, few in updates.items() for layer in few]
-    return sum(bool(looked_up(program, component, layer) & names) for component, layer in layers)
+    return sum(bool(looked_up(program, component, layer, architecture) & names) for component, layer in layers)
+
+
+def _found_by_peft(exported: Adapter, updates: Updates) -> int:
+    """How many layers are in PEFT's folders and named by their configuration, without which PEFT adapts none."""
+    layers = [(component, layer) for component, few in updates.items() for layer in few]
+    return sum(
+        f"{layer}.delora_A" in exported.tensors.get(component, ())
+        and is_target(exported.configs[component], layer, nn.Linear(1, 1), nn.Module())
+        for component, layer in layers
+    )
 
 
 def _found_by_diffusers(tensors: Mapping[str, Tensor], updates: Updates) -> int:

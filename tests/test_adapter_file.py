@@ -13,13 +13,14 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from delora_diffusion import (
     Adapter,
     AdapterFileError,
     DeloraConfig,
+    export_peft,
     inject_delora,
     load_delora_state_dict,
     read_adapter,
@@ -241,6 +242,23 @@ def test_a_folder_without_an_adapter_says_what_it_holds(files: list[str], found:
     assert f"{tmp_path} holds no adapter: expected {FILE_NAME} or adapter_config.json, found {found}" in message
 
 
+def test_a_folder_with_another_file_says_what_that_is(pipe: Any, tmp_path: Path) -> None:
+    save_file({f"unet.{LAYER}.lora_A.weight": torch.ones(2, 2)}, tmp_path / "pytorch_lora_weights.safetensors")
+    said = "pytorch_lora_weights.safetensors, it is a LoRA in diffusers' names; pipe.load_lora_weights opens it"
+    assert f"As to {said}" in refusal(tmp_path)
+    write_adapter(tmp_path / "a.safetensors", adapter_of(pipe))
+    assert "As to a.safetensors, it is a DeLoRA adapter; give the file itself" in refusal(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(b"\0" * 9)
+    assert f"cannot read {tmp_path / 'a.safetensors'}" in refusal(tmp_path)
+
+
+def test_a_repository_of_the_hub_without_an_adapter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **settings: str(tmp_path))
+    message = refusal("someone/a-lora")
+    assert "someone/a-lora on the Hub holds no adapter" in message and "pipe.load_lora_weights" in message
+    assert str(tmp_path) not in message
+
+
 # ---- what is damaged ------------------------------------------------------------------------------
 
 
@@ -386,6 +404,33 @@ def test_values_that_are_not_finite_are_refused_when_read(value: float, pipe: An
     adapter.tensors["unet"][name] = torch.full_like(adapter.tensors["unet"][name], value)
     message = refusal(write_adapter(tmp_path, adapter))
     assert f"1 tensors that are not finite (unet.{name})" in message
+
+
+@pytest.mark.parametrize(
+    "form, leaf",
+    [*((form, leaf) for form in ("native", "peft") for leaf in ("A", "B", "lambda", "w_norm")), ("native", "B_init")],
+)
+def test_a_layer_that_is_incomplete_or_does_not_fit_together_is_refused_when_read(
+    form: str, leaf: str, pipe: Any, tmp_path: Path
+) -> None:
+    adapter = adapter_of(pipe, init_weights="residual" if leaf == "B_init" else "zero")
+    if form == "native":
+        file = source = write_adapter(tmp_path, adapter)
+    else:
+        source = export_peft(adapter, tmp_path)["unet"]
+        file = source / "adapter_model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    whole = load_file(file)
+    name = next(name for name in whole if name.endswith(f"delora_{leaf}"))
+    layer = name.removesuffix(f".delora_{leaf}").removeprefix("base_model.model.")
+    save_file({n: t for n, t in whole.items() if n != name}, file, metadata=header)
+    assert f"{layer} lacks delora_{leaf}; the adapter is incomplete" in refusal(source)
+    for dimension in range(leaf == "B", whole[name].dim()):  # how many outputs B has, only the base knows
+        save_file(whole | {name: torch.cat([whole[name]] * 2, dim=dimension)}, file, metadata=header)
+        assert f"{layer}.delora_" in refusal(source) and "does not go with" in refusal(source)
+    save_file(whole, file, metadata=header)
+    read_adapter(source)
 
 
 class Trap:

@@ -139,3 +139,24 @@ def test_an_upload_that_cannot_be_says_why(
     monkeypatch.undo()
     with pytest.raises(HubError, match="cannot upload"):  # the suite is offline: the real client refuses
         push_to_hub(folder, "me/my-dog")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_and_other_errors_are_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The real client, allowed to connect, to a port where nobody listens."""
+    folder = adapter(tmp_path / "my-dog")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "token", "hf_nobody")
+    assert main(["push", "--folder", str(folder), "--repo", "me/my-dog"]) == 1
+    said = capfd.readouterr().err
+    assert f"cannot upload {folder} as me/my-dog: " in said and "Traceback" not in said
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        push_to_hub(folder, "me/my-dog")

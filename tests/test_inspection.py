@@ -33,7 +33,7 @@ from delora_diffusion.inspection import (
     kinds_of,
     relative_update,
 )
-from delora_diffusion.inspection_plot import PlotError, plot_inspections
+from delora_diffusion.inspection_plot import PlotError, draw_inspections, plot_inspections
 
 from . import tiny
 
@@ -135,6 +135,10 @@ def _layer() -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
+def _single(layer: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"0.{leaf}": tensor for leaf, tensor in layer.items()}
+
+
 def test_the_command_prints_both_adapters_side_by_side_and_writes_json_and_a_picture(
     files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,11 +187,36 @@ def test_bars_are_the_figures(files: dict[str, Path], tmp_path: Path, monkeypatc
     assert sorted(drawn) == pytest.approx(sorted(relative_update(group) for group in groups.values()))
 
 
+def test_many_blocks_are_lines_below_each_other_and_many_kinds_look_different() -> None:
+    leaves = [f"kind_{number}" for number in range(11)]
+    names = [f"blocks.{block}.{leaf}" for block in range(20) for leaf in leaves if (block, leaf) != (7, "kind_3")]
+    here = {f"{name}.{leaf}": tensor for name in names for leaf, tensor in _layer().items()}
+    found = inspect_adapter(Adapter({"": here}, {"": DeloraConfig(r=2)}), "many")
+    figure = draw_inspections([found, found])
+    upper, lower = figure.axes
+    assert upper.get_position().y0 > lower.get_position().y0
+    lines = {line.get_label(): line for line in upper.get_lines()}
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines.values()}) == len(leaves)
+    for kind in leaves:
+        heights = lines[kind].get_ydata()
+        for block in range(20):
+            group = [la for la in found.layers if (la.block, la.kind) == (f"blocks {block}", kind)]
+            assert heights[block] == pytest.approx(relative_update(group)) if group else math.isnan(heights[block])
+    assert [label.get_text() for label in upper.get_xticklabels()] == ["blocks 0", *map(str, range(1, 20))]
+    few = {name: t for name, t in here.items() if name.startswith("blocks.1.")}
+    bars = draw_inspections([inspect_adapter(Adapter({"": few}, {"": DeloraConfig(r=2)}), "few")]).axes[0].patches
+    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == len(leaves)
+
+
 def test_the_table_of_one_peft_folder_names_no_component(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(9, 14))
     export_peft(trained(module, target_modules=["0"]), tmp_path)
     found = inspect_adapter(read_adapter(tmp_path), "peft")
     assert "(one module): " in as_table([found]) and "[1] rank" not in as_table([found])
+    assert "delora_lambda 2.0" in as_table([found]), "the strength that was used, and no other"
+    relative = DeloraConfig(r=2, relative_lambda=0.05)
+    told = as_table([inspect_adapter(Adapter({"": _single(_layer())}, {"": relative}), "x")])
+    assert "relative_lambda 0.05" in told and "delora_lambda" not in told
     assert json.loads(as_json([found]))[0]["layers"][0]["layer"] == "0"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import (
     convert_state_dict_to_diffusers,
@@ -18,6 +18,7 @@ from diffusers.utils import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from delora_diffusion.families import FAMILIES
 from delora_diffusion.lora_names import (
     ARCHITECTURES,
     LoraError,
@@ -30,6 +31,8 @@ from delora_diffusion.lora_names import (
     unreadable,
 )
 from delora_diffusion.targets import ATTENTION, DeloraConfig, target_linears
+
+from . import full_size
 
 SD1, SD2, SDXL = ARCHITECTURES["sd1"], ARCHITECTURES["sd2"], ARCHITECTURES["sdxl"]
 
@@ -179,20 +182,41 @@ def test_comfyui_and_a1111_find_every_text_encoder_layer(
 
 
 @pytest.mark.parametrize(
-    "build",
+    "model, name",
     [
-        lambda: SD3Transformer2DModel(num_layers=3, dual_attention_layers=(0,), qk_norm="rms_norm"),
-        lambda: FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True),
+        ("SD3.5 medium", "sd3"), ("FLUX.1", "flux1"), ("FLUX.2 dev", "flux2"), ("FLUX.2 klein 4B", "flux2"),
+        ("PixArt-alpha, -Sigma", "pixart"), ("Qwen-Image", "qwen_image"), ("Z-Image", "z_image"),
     ],
-    ids=["sd3", "flux1"],
-)
-def test_comfyui_finds_transformer_layers_by_diffusers_names(build: Callable[[], nn.Module]) -> None:
-    layers = list(linears(build, ATTENTION))
-    assert layers
+)  # fmt: skip
+def test_comfyui_finds_every_layer_of_a_full_size_transformer_by_diffusers_names(model: str, name: str) -> None:
+    layers = full_size.adapted(model, "attention+ff")
+    assert len(layers) > len(full_size.adapted(model, "attention")) > 50
     for layer in layers:
-        name = lora_name("diffusers", "transformer", layer, None)
-        assert name == f"transformer.{layer}" and name in looked_up("comfyui", "transformer", layer)
-        assert not looked_up("a1111", "transformer", layer)
+        written = lora_name("diffusers", "transformer", layer, ARCHITECTURES[name])
+        assert written == f"transformer.{layer}"
+        assert written in looked_up("comfyui", "transformer", layer, ARCHITECTURES[name])
+        assert written in looked_up("comfyui", "transformer", layer), "of a family that is not known"
+        assert not looked_up("a1111", "transformer", layer, ARCHITECTURES[name])
+
+
+@pytest.mark.parametrize("model, name", [("Sana 1.6B", "sana"), ("Lumina-Image 2.0", "lumina2")])
+def test_comfyui_finds_nothing_of_transformers_that_it_has_no_table_for(model: str, name: str) -> None:
+    for layer in full_size.adapted(model, "attention+ff"):
+        assert not looked_up("comfyui", "transformer", layer, ARCHITECTURES[name])
+
+
+@pytest.mark.parametrize(
+    "name, layer",
+    [
+        ("qwen_image", "transformer_blocks.0.attn2.to_q"),
+        ("sd3", "transformer_blocks.0.attn1.to_q"),
+        ("flux1", "transformer_blocks.0.img_mlp.net.2"),
+        ("z_image", "layers.0.attn.to_q"),
+        ("pixart", "layers.0.attention.to_q"),
+    ],
+)
+def test_the_table_is_that_of_the_family(name: str, layer: str) -> None:
+    assert not looked_up("comfyui", "transformer", layer, ARCHITECTURES[name])
 
 
 def test_a_layer_that_no_table_has_is_not_found() -> None:
@@ -222,13 +246,24 @@ CROSS = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
         ({"transformer": {"x": 8}, "text_encoder_2": {}}, {}, None),
         ({"transformer": {"x": 8}}, {"pipeline": "StableDiffusion3Pipeline"}, "sd3"),
         ({"transformer": {"x": 8}}, {"pipeline": "FluxPipeline"}, "flux1"),
-        ({"transformer": {"x": 8}}, {"pipeline": "Flux2KleinPipeline"}, None),
+        ({"transformer": {"x": 8}}, {"pipeline": "Flux2KleinPipeline"}, "flux2"),
+        ({"transformer": {"x": 8}}, {"pipeline": "HunyuanDiTPipeline"}, None),
         ({"text_encoder": {"x": 8}}, {}, None),
     ],
 )
 def test_the_family_follows_from_the_pipeline_or_from_shapes(widths: Any, told: Any, name: str | None) -> None:
     found = architecture_of(widths, **told)
     assert (found.name if found else None) == name
+
+
+def test_a_family_of_transformers_is_one_architecture_by_all_its_pipelines() -> None:
+    families = [family for family in FAMILIES if family.denoiser == "transformer"]
+    names = []
+    for family in families:
+        found = [architecture_of({}, pipeline=name) for name in (*family.pipelines, *family.related)]
+        assert {one.denoiser for one in found if one} == {"transformer"} and found.count(found[0]) == len(found)
+        names.append(found[0].name if found[0] else "")
+    assert len(set(names)) == len(families) >= 8
 
 
 def test_comfyui_format_is_kohya_for_unets_and_diffusers_for_transformers() -> None:

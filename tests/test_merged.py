@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
 from torch import Tensor
 
-from delora_diffusion import DeloraConfig, inject_delora, load_delora_weights, save_delora_weights, set_adapters
+from delora_diffusion import (
+    DeloraConfig,
+    inject_delora,
+    load_delora_state_dict,
+    load_delora_weights,
+    merge_delora,
+    merged,
+    read_adapter,
+    save_delora_weights,
+    set_adapters,
+)
 from delora_diffusion.cli import main
 from delora_diffusion.file_config import MergingConfig
 from delora_diffusion.inject import delora_adapters
@@ -116,6 +129,16 @@ def test_a_sum_in_fp32_is_rounded_once_and_the_loss_is_what_rounding_cost(
     assert (reports["unet"].rounding_loss == 0) == (kind == torch.float32)
 
 
+def test_the_precision_of_a_file_is_that_of_most_of_its_numbers(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    small = {f"norm.{number}": torch.ones(4) for number in range(9)}
+    file = tmp_path / "unet" / "model.safetensors"
+    save_file({"big": torch.ones(64, 64, dtype=torch.float16), **small}, file)
+    assert stored_dtypes(tmp_path) == {"unet": torch.float16}
+    save_file({"big": torch.ones(64, 64, dtype=torch.uint8), **small}, file)  # quantised
+    assert stored_dtypes(tmp_path) == {}
+
+
 def test_a_base_that_the_adapter_names_is_found_and_a_missing_one_is_asked_for(
     dog: Path, style: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +192,32 @@ def test_another_base_is_refused_unless_told(dog: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     merge_into_base(MergingConfig(**where, check_base=False))
     assert (tmp_path / "out" / "unet").is_dir()
+
+
+def test_what_says_that_it_is_quantised_is_refused_or_dequantised_first(
+    base: Path, dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for bitsandbytes, which is not everywhere: dequantising moves every weight by 2 %."""
+    pipe = opened(base)
+    plain = copy.deepcopy(pipe.text_encoder)
+    with torch.no_grad():
+        for p in plain.parameters():
+            p *= 1.02
+    pipe.text_encoder.hf_quantizer = object()
+    pipe.text_encoder.config.quantization_config = SimpleNamespace(quant_method="made_up")
+    pipe.text_encoder.dequantize = lambda: plain
+    expected = copy.deepcopy(plain)
+    monkeypatch.setattr(merged, "_open", lambda *args: (pipe, {}))
+    where = {"adapter": [str(dog)], "base": str(base), "output": str(tmp_path / "out")}
+    with pytest.raises(QuantizedBaseError, match=r"text_encoder is quantised \(made_up\).*or --dequantize"):
+        merge_into_base(MergingConfig(**where))
+    assert not (tmp_path / "out").exists()
+    merge_into_base(MergingConfig(dequantize=True, **where))
+    inject_delora(expected, read_adapter(dog).configs["text_encoder"])
+    load_delora_state_dict(expected, read_adapter(dog).tensors["text_encoder"], check_base=False)
+    merge_delora(expected, permanently=True)
+    found = opened(tmp_path / "out").text_encoder.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])

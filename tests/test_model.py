@@ -116,8 +116,8 @@ def moved(a: Tensor, b: Tensor) -> bool:
 # ---- which layers --------------------------------------------------------------------------------
 
 
-def test_the_table_is_pefts_for_every_model_type_listed() -> None:
-    assert {name: PEFTS[name] for name in TARGETS} == TARGETS
+def test_the_table_is_pefts_but_for_models_without_linear_layers() -> None:
+    assert {name: layers for name, layers in PEFTS.items() if name not in ("gpt2", "btlm")} == TARGETS
 
 
 def test_default_layers_are_pefts(made: Maker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fnmatch
 import json
@@ -96,6 +97,9 @@ def test_peft_opens_every_init_at_its_strength_with_the_same_outputs(
     assert float((module(X) - net()(X)).detach().abs().max()) > 0.02
     ranks = {layer.r["default"] for layer in theirs.modules() if isinstance(layer, peft.tuners.delora.DeloraLayer)}
     assert ranks == {8 if init_weights == "residual" else 4}
+    told = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    double = 2 if init_weights == "residual" else 1
+    assert (told["r"], told["delora_lambda"]) == (4 * double, 3.0 * double), "lambda / r stays"
 
 
 @pytest.mark.parametrize("lam, lam_0", [(3.0, 3.0), (0.5, 3.0), (4.0, 3.0), (-2.0, 3.0), (0.0, 3.0), (0.0, 0.0)])
@@ -126,9 +130,20 @@ def test_a_residual_adapter_is_exact_at_any_pair_of_lambdas_and_with_floored_col
         DeloraConfig(r=2, target_modules=["to_q", "to_v"], layers_to_transform=[1], layers_pattern="blocks"),
         DeloraConfig(r=2, target_modules=["to_q", "head"], exclude_modules=["blocks.0.to_q", "lm_head"]),
         DeloraConfig(r=2, target_modules="all-linear", relative_lambda=0.1, lambda_pattern={"head": 1.0}),
+        DeloraConfig(r=2, target_modules=["to_q", "head"], exclude_modules="attention", init_weights="kaiming"),
     ],
-    ids=["biases", "all biases", "saved modules", "saved and biases", "all-linear", "regex", "layers", "excluded",
-         "relative"],
+    ids=[
+        "biases",
+        "all biases",
+        "saved modules",
+        "saved and biases",
+        "all-linear",
+        "regex",
+        "layers",
+        "excluded",
+        "relative",
+        "excluded by preset",
+    ],
 )
 def test_every_field_opens_in_peft_and_comes_back(config: DeloraConfig, tmp_path: Path) -> None:
     module = trained(net(), config)
@@ -186,10 +201,27 @@ def test_ours_opens_a_folder_that_peft_wrote(init_weights: bool, bias: str, tmp_
     close(ours(X), theirs(X))
 
 
+def test_what_an_older_configuration_does_not_say_is_pefts_default(tmp_path: Path) -> None:
+    module = trained(net(), DeloraConfig(r=8, delora_lambda=15.0, target_modules=["to_q"]))
+    export_peft(module, tmp_path)
+    kept = {"peft_type": "DELORA", "target_modules": ["to_q"], "unheard_of": 1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(kept))
+    adapter = read_adapter(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(net(), str(tmp_path))
+    assert adapter.configs[""] == DeloraConfig(target_modules=["to_q"], init_weights="zero")
+    ours = net()
+    inject_delora(ours, adapter.configs[""])
+    load_delora_state_dict(ours, adapter.tensors[""])
+    close(ours(X), theirs(X))
+
+
 def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
     export_peft(trained(net(), DeloraConfig(r=2)), tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(AdapterFileError, match=r"pickled weights.*save_pretrained them again"):
+    with pytest.raises(AdapterFileError, match=r"holds pickled weights.*save_pretrained them again"):
+        read_adapter(tmp_path)
+    (tmp_path / "adapter_model.bin").unlink()  # as a folder of the Hub looks: nothing pickled is fetched
+    with pytest.raises(AdapterFileError, match=r"but no adapter_model.safetensors; perhaps it has pickled weights"):
         read_adapter(tmp_path)
 
 
@@ -265,8 +297,31 @@ def test_the_export_command_writes_a_folder_for_each_component(
                 factors_of(layer_tensors(layer, some[component])) for some in (written, native)
             )
             close(up @ down, up_0 @ down_0)
-    assert main(["export", f"--adapter={file}", "--format=peft", "--weights=0.5"]) == 1
-    assert "leave weights out" in capsys.readouterr().err
+    for ignored in ("--weights=0.5", "--rank=2", "--lora_dtype=fp16", "--trigger=sks", "--no-metadata",
+                    "--allow_partial", "--component=unet", "--architecture=sd1"):  # fmt: skip
+        with contextlib.suppress(SystemExit):
+            assert main(["export", f"--adapter={file}", "--format=peft", f"--output={tmp_path / 'new'}", ignored]) == 1
+        name = ignored.partition("=")[0].removeprefix("--").removeprefix("no-")
+        said = capsys.readouterr().err
+        assert "format peft writes" in said and name in said and "out" in said and not (tmp_path / "new").exists()
+
+
+def test_an_adapter_of_pefts_that_is_there_is_replaced_only_when_asked(
+    both: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_delora_weights("native", both)
+    (tmp_path / "native_peft" / "unet").mkdir(parents=True)
+    theirs = tmp_path / "native_peft" / "unet" / "adapter_config.json"
+    theirs.write_text("mine")
+    command = ["export", "--adapter", "native/", "--format", "peft"]
+    assert main(command) == 1
+    assert "unet holds an adapter; give another folder, or replace it with overwrite" in capsys.readouterr().err
+    assert theirs.read_text() == "mine" and not (tmp_path / "native_peft" / "text_encoder").exists()
+    assert main([*command, "--overwrite"]) == 0
+    assert read_adapter(tmp_path / "native_peft").tensors.keys() == {"unet", "text_encoder"}
+    assert main(["export", "--adapter", "some/where", "--format", "peft"]) == 1
+    assert "say where to: output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("told", [None, "text_encoder"])

@@ -534,10 +534,13 @@ def test_load_pipeline_is_load_set_and_fuse(trained: Trained, weights: Any, base
     assert equal(bits(found), fused) and not equal(fused, bits(StableDiffusionPipeline.from_pretrained(base)))
 
 
-def test_load_pipeline_leaves_a_plain_pipeline_that_can_be_saved(trained: Trained, base: Path, tmp_path: Path) -> None:
+def test_load_pipeline_leaves_a_plain_pipeline_that_can_be_saved(
+    trained: Trained, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = StableDiffusionPipeline.from_pretrained(base)
     adapter = write_adapter(tmp_path / "adapter", trained(*BOTH, bias="all"))
     pipe = load_pipeline(str(base), str(adapter), dtype=torch.float32)
+    assert "adapter 'default': 8 layers of text_encoder, 32 layers of unet, " in capsys.readouterr().out
     assert type(pipe) is StableDiffusionPipeline and anatomy(pipe) == anatomy(plain)
     pipe.save_pretrained(tmp_path / "saved")
     for each in (pipe, again := StableDiffusionPipeline.from_pretrained(tmp_path / "saved"), plain):

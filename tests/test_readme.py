@@ -28,6 +28,8 @@ from delora_diffusion.evaluation_config import EvaluationConfig, MeasuringConfig
 from delora_diffusion.file_config import ExportConfig, LoraConfig, PushConfig
 from delora_diffusion.options import build, parse, read_yaml, to_table
 
+from .benchmarks import forms
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 GROUPS = (ModelConfig, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig)
@@ -129,6 +131,17 @@ def test_the_export_and_verify_commands_run(
         assert delora(shlex.split(command)[1:]) == 0
     said = capsys.readouterr().err
     assert "diffusers 56/56; ComfyUI, Forge 56/56; A1111 56/56" in said
+
+
+def test_every_form_of_the_trained_adapter_draws_the_same_pictures(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    (command,) = commands("tests/benchmarks/forms.py")
+    words = [*shlex.split(command)[2:], "--steps=2", "--seeds=0", "--prompts=a sks dog"]
+    assert forms.main(words) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "LoRA" in line or "PEFT" in line]
+    assert len(rows) == 6 and all(row[1] == "56" for row in rows)
 
 
 def test_the_yaml_for_own_photos_is_valid(tmp_path: Path) -> None:

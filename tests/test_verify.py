@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from delora_diffusion import AdapterFileError, LoraError, export_lora, verify_lora, write_adapter
+from delora_diffusion import (
+    AdapterFileError,
+    DeloraConfig,
+    LoraError,
+    export_lora,
+    export_peft,
+    verify_lora,
+    write_adapter,
+)
 from delora_diffusion.adapter_file import Adapter
 from delora_diffusion.cli import main
 
@@ -47,6 +56,24 @@ def test_an_export_agrees_and_each_loader_is_counted(
     assert report.layers == 40 and report.largest_error < 1e-6 and report.agrees(1e-6)
     assert report.loaders == found, "diffusers' names lose the UNet's 32 attention layers in ComfyUI, all in A1111"
     assert f"A1111 {found['a1111']}/40" in str(report)
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_the_zeros_that_complete_a_text_encoder_are_not_unexpected(format: str, pipe: Any, tmp_path: Path) -> None:
+    adapter = adapter_for(pipe, "text_encoder", target_modules=["q_proj"])
+    made = export_lora(adapter, tmp_path / "x.safetensors", format=format)
+    assert "attention projections without an adapter are there as zeros" in str(made)
+    report = verify_lora(made.path, adapter)
+    assert report.layers == 2 and report.unexpected == () and report.agrees(1e-6)
+
+
+def test_a_layer_that_should_do_nothing_and_does_something_is_seen(adapter: Adapter, tmp_path: Path) -> None:
+    file = export_lora(adapter, tmp_path / "x.safetensors").path
+    report = verify_lora(file, adapter, weights=0.0)
+    assert report.largest_error == float("inf") and not report.agrees(1e9)
+    assert verify_lora(
+        export_lora(adapter, tmp_path / "y.safetensors", weights=0.0).path, adapter, weights=0.0
+    ).agrees(0)
 
 
 def test_a_transformer_is_found_by_comfyui_under_diffusers_names(tmp_path: Path) -> None:
@@ -118,6 +145,46 @@ def test_a_half_of_a_pair_and_other_files_are_refused(adapter: Adapter, tmp_path
 
 def drop_one(tensors: dict[str, Tensor]) -> None:
     del tensors[f"{LAYER}.lora_B.weight"]
+
+
+# ---- PEFT's folders ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["zero", "residual", "paired"])
+def test_pefts_folders_agree_with_the_adapter_in_every_layer(init: str, pipe: Any, tmp_path: Path) -> None:
+    adapter = adapter_for(pipe, *BOTH, init_weights=init)
+    export_peft(adapter, tmp_path)
+    report = verify_lora(tmp_path, adapter)
+    assert report.layers == 40 and report.agrees(1e-6) and report.loaders == {"peft": 40}
+    assert "layers found by PEFT 40/40" in str(report)
+    one = verify_lora(tmp_path / "unet", adapter)
+    assert len(one.missing) == 8 and "8 missing: text_encoder." in str(one) and not one.agrees(1)
+    lora = export_lora(tmp_path, tmp_path / "x.safetensors").path
+    assert verify_lora(lora, adapter).agrees(1e-6), "native, PEFT and LoRA are one"
+
+
+def test_a_changed_peft_folder_does_not_agree(adapter: Adapter, tmp_path: Path) -> None:
+    export_peft(adapter, tmp_path)
+    settings, file = (tmp_path / "unet" / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    values = json.loads(settings.read_text())
+    settings.write_text(json.dumps(values | {"target_modules": [LAYER.removeprefix("unet.")]}))
+    assert verify_lora(tmp_path, adapter).loaders == {"peft": 9}, "PEFT would leave the other 31 out"
+    tensors = load_file(file)
+    tensors[f"base_model.model.{LAYER.removeprefix('unet.')}.delora_lambda"] *= 1.5
+    save_file(tensors, file)
+    report = verify_lora(tmp_path, adapter)
+    assert not report.agrees(1e-3) and f"5.00e-01, in {LAYER}" in str(report)
+
+
+def test_layers_that_no_lora_can_hold_are_compared_in_peft(adapter: Adapter, tmp_path: Path) -> None:
+    shapes = {"A": (2, 4), "B": (4, 2), "lambda": (1,), "w_norm": (4,)}
+    t5 = {f"encoder.block.0.layer.0.SelfAttention.q.delora_{k}": torch.ones(shape) for k, shape in shapes.items()}
+    both = Adapter({**adapter.tensors, "text_encoder_3": t5}, {**adapter.configs, "text_encoder_3": DeloraConfig(r=2)})
+    export_peft(both, tmp_path)
+    assert verify_lora(tmp_path, both).layers == 41 and verify_lora(tmp_path, both).agrees(1e-6)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AdapterFileError, match="cannot read"):
+        verify_lora(tmp_path / "empty", both)
 
 
 # ---- on the command line -----------------------------------------------------------------------------
