@@ -6,14 +6,16 @@ Under `accelerate launch` the processes share the subjects in training and the i
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -209,11 +211,34 @@ def _train(task: Task, script: Path, state: Any) -> None:
     log.info("training %s", task.name)
     start = ["--resume_from_checkpoint", "latest"] if checkpoints(adapter) else ["--overwrite_output_dir"]
     command = [sys.executable, str(script), "--config", str(told), *start]
-    code = subprocess.run(command, env=_environment(state)).returncode
-    if code == 130:
+    code = _run(command, _environment(state))
+    if code in (130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code:
         raise BenchmarkError(f"training of {task.name} failed with exit code {code}: {' '.join(command)}")
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """The exit code of a command. Ctrl-C reaches it through here, once, which waits for it to write a checkpoint."""
+    job = subprocess.Popen(command, env=environment, start_new_session=True)
+    with _passed_on(job):
+        return job.wait()
+
+
+@contextlib.contextmanager
+def _passed_on(job: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Give SIGINT and SIGTERM to `job` instead of this process."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = {number: signal.signal(number, lambda n, _: job.send_signal(n)) for number in numbers}
+    except ValueError:  # not in the main thread: nothing to catch
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _environment(state: Any) -> dict[str, str]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -130,7 +133,7 @@ def test_a_second_run_does_nothing_again(bench: Path, monkeypatch: pytest.Monkey
     before = {path: path.stat().st_mtime_ns for path in (bench / "out").rglob("*_*.png") if "sheet" not in path.name}
     rows = rows_of(bench)
     monkeypatch.setattr(module, "measure", lambda *_, **__: pytest.fail("measured again"))
-    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(module.subprocess, "Popen", lambda *_, **__: pytest.fail("trained again"))
     assert run(bench) == 0
     assert rows_of(bench) == rows
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 2 * (8 + 8) + 4
@@ -184,6 +187,38 @@ def test_an_interrupted_training_run_goes_on_from_its_checkpoint(bench: Path, tm
     assert (tmp_path / "see.seen").read_text() == "--resume_from_checkpoint latest"
 
 
+SLOW_TO_STOP = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[2]).parent / "adapter"
+signals = []
+signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
+folder.with_name("ready").touch()
+while not signals:
+    time.sleep(0.05)
+time.sleep(1.5)  # what is left of a step, and writing the checkpoint
+(folder / f"checkpoint-{len(signals)}").mkdir(parents=True)
+sys.exit(130)
+"""
+
+
+def test_ctrl_c_waits_for_the_checkpoint_of_the_training_run(bench: Path, tmp_path: Path) -> None:
+    (tmp_path / "stop.py").write_text(SLOW_TO_STOP)
+    ready = tmp_path / "out" / "dog" / "ready"
+
+    def press() -> None:
+        while not ready.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    user = threading.Thread(target=press, daemon=True)
+    user.start()
+    code = run(bench, f"--output_dir={tmp_path / 'out'}", f"--train_script={tmp_path / 'stop.py'}", "--only", "dog")
+    user.join(10)
+    assert code == 130 and (ready.parent / "adapter" / "checkpoint-1").is_dir(), "told once, and waited for"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_processes_share_the_images_and_say_the_same(bench: Path, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = ["-m", "delora_diffusion.cli", "benchmark", f"--config={bench / 'bench.yaml'}", "--strengths", "1",
@@ -207,8 +242,7 @@ def test_processes_share_the_subjects_each_trained_by_itself(
     tasks = plan_tasks(BenchmarkConfig(told["subjects"], train_config=told["train_config"], train_script=str(SCRIPT),
                                        output_dir=str(tmp_path)), "sks")  # fmt: skip
     seen = []
-    done = types.SimpleNamespace(returncode=0)
-    monkeypatch.setattr(module.subprocess, "run", lambda command, env: seen.append((command, env)) or done)
+    monkeypatch.setattr(module, "_run", lambda command, environment: seen.append((command, environment)) or 0)
     for place, name in enumerate(("cat", "dog")):
         state = types.SimpleNamespace(
             process_index=place, num_processes=2, local_process_index=place, device=torch.device("cuda")
