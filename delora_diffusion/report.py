@@ -129,5 +129,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 def _cell(figure: Figure | None) -> str:
     if figure is None:
         return ""
-    interval = "" if math.isnan(figure.low) else f" [{figure.low:.3f}, {figure.high:.3f}]"
-    return f"{figure.value:.3f}{interval}"
+    value, low, high = (
+        f"{number:.3f}".replace("-0.000", "0.000") for number in (figure.value, figure.low, figure.high)
+    )
+    return value if math.isnan(figure.low) else f"{value} [{low}, {high}]"

@@ -106,7 +106,7 @@ def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
         "num_inference_steps": drawing.num_inference_steps, "guidance_scale": drawing.guidance_scale,
         "height": drawing.height, "width": drawing.width,
     }  # fmt: skip
-    hashes = [_content(adapter) for adapter in adapters]
+    hashes = [adapter_hash(adapter) for adapter in adapters]
     sources: list[int | None] = list(range(len(adapters))) or [None]
     prompts = read_prompts(config.prompts, config.prompts_file, option="prompts_file")
     repeats = range(config.images_per_prompt)
@@ -148,7 +148,10 @@ def sheet_of(out: Path, jobs: Sequence[Job], *, cell: int = 192) -> Image.Image:
 
 
 def _label(settings: dict[str, Any], key: str) -> str:
-    return Path(settings["adapter"] or "base").name if key == "adapter" else f"{key} {settings[key]}"
+    value = settings[key]
+    if key == "adapter":
+        return Path(value or "base").name
+    return f"{key} {value:g}" if key == "strength" else f"{key} {value}"
 
 
 def _opened(path: Path, side: int) -> Image.Image:
@@ -199,7 +202,7 @@ def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
             yield group[first : first + size]
 
 
-def _content(adapter: Adapter) -> str:
+def adapter_hash(adapter: Adapter) -> str:
     """Hash of an adapter's tensors: the same file elsewhere is the same adapter, a retrained one is not."""
     digest = hashlib.sha256()
     for component, tensors in sorted(adapter.tensors.items()):

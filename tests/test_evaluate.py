@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import diffusers
 import pytest
@@ -112,6 +113,9 @@ def test_an_adapter_is_drawn_and_measured_at_every_strength(drawn: tuple[Path, d
     assert 0.001 < rows["mine", 0.5].figures["drift"].value < rows["mine", 1.0].figures["drift"].value
     assert protocol["prompts"] == ["sks dog", "red sks"] and protocol["unrelated prompts"] == ["a cat", "a cow"]
     assert protocol["seeds"] == [0, 1] and protocol["drawing"]["num_inference_steps"] == "2"
+    assert protocol["drawing"]["guidance_scale"] == "the base's own"
+    assert protocol["drawing"]["negative_prompt"] == "none"
+    assert protocol["measured with"]["transformers"] == transformers.__version__
     with (out / "evaluation.csv").open() as file:
         table = list(csv.DictReader(file))
     assert float(table[3]["drift"]) == rows["mine", 1.0].figures["drift"].value
@@ -189,6 +193,11 @@ def test_lpips_is_an_extra(tmp_path: Path, adapter: Path, monkeypatch: pytest.Mo
     evaluate(tmp_path / "none", *some, code=1)
     assert 'pip install "delora_diffusion[lpips]"' in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+    broken = types.SimpleNamespace(LPIPS=lambda net, verbose: (_ for _ in ()).throw(URLError("no network")))
+    monkeypatch.setitem(sys.modules, "lpips", broken)
+    evaluate(tmp_path / "none", *some, code=1)
+    assert "no network>. It needs a torchvision that fits torch" in capsys.readouterr().err
 
     class Network(torch.nn.Module):  # what lpips.LPIPS is given: one pair of (1, 3, h, w) in -1 .. 1
         def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -275,4 +284,6 @@ def test_the_mean_over_subjects_counts_each_once() -> None:
     assert figure.high - figure.value == pytest.approx(1.96 * 0.1)  # s = .1414, over sqrt(2)
     alone = mean_row("mean", rows[:1])
     assert "| 0.200 |" in markdown([alone])
+    nothing = Row("a", 1.0, 1, {"drift": Figure(-1e-9, -0.0004, 0.0006, 1)})
+    assert "| 0.000 [0.000, 0.001] |" in markdown([nothing])
     assert comma_separated(rows).splitlines()[1:] == ["a,1.0,100,0.2,0,1,100", "b,1.0,2,0.4,0,1,2"]
