@@ -52,7 +52,7 @@ def strength_text(rows: Sequence[Measured], *, sheet: str | None = None) -> str:
     name = next(TITLES[name] for name in FIDELITY if name in rows[0].figures)
     lines = [
         f"Recommended: **{chosen:g}**, the smallest strength whose fidelity ({name}) is within {TOLERANCE:.0%} of the "
-        f"best. 0 is the base, 1 as trained.",
+        f"best. 0 is the base, 1 as trained.{' One picture a prompt.' if sheet else ''}",
         "",
         figure_table([(_marked(row.strength, chosen), row.figures) for row in rows], of="strength"),
         *(["", f"![{sheet}]({sheet})"] if sheet else []),
