@@ -91,9 +91,11 @@ def protocol_of(judges: Judges, *, real: Photos, holdout: Photos | None) -> dict
     """All that the numbers depend on besides the images."""
     kind = judges.main.upper()
     told: dict[str, Any] = {f"{name.upper()} encoder": encoder.protocol for name, encoder in judges.encoders.items()}
+    likeness = " and ".join({"dino": "DINO", "clip": "CLIP-I"}[name] for name in judges.encoders)
+    told[likeness] = "mean cosine of every generated image with every photo"
+    if "clip" in judges.encoders:
+        told["CLIP-T"] = f"mean cosine of an image with its own prompt, read without {judges.token!r}"
     told |= {
-        "DINO, CLIP-I": "mean cosine of every generated image with every photo",
-        "CLIP-T": f"mean cosine of an image with its own prompt, read without {judges.token!r}",
         "drift": f"mean of (1 - cos) / 2 of the base's and the adapted image, {kind}; same unrelated prompt and seed",
         "diversity": f"mean of 1 - cos over the pairs of images of one prompt, {kind}; mean over prompts",
         "intervals": f"{LEVEL:.0%} bootstrap of the mean, {ROUNDS} rounds, seed {SEED}, whole prompts are drawn "

@@ -111,14 +111,14 @@ def protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, Mapping):
             shown = ", ".join(f"{key} {_short(item)}" for key, item in value.items())
         else:
-            shown = _short(value)
+            shown = _short(value, between=", ")
         lines.append(f"{name}: {shown}")
     return lines
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, *, between: str = " x ") -> str:
     if isinstance(value, (list, tuple)):
-        return " x ".join(map(str, value)) if len(value) <= 3 else f"{len(value)} of them"
+        return between.join(map(str, value)) if len(value) <= 3 else f"{len(value)} of them"
     return str(value)
 
 

@@ -39,7 +39,7 @@ from delora_diffusion.options import OptionError, build, read_yaml
 from delora_diffusion.prompts import DREAMBENCH_CLASSES, DREAMBENCH_LIVE
 from delora_diffusion.report import Figure, Row, read_report
 
-from . import tiny
+from . import tiny, tiny_families
 
 ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "samples" / "pocket"
@@ -352,6 +352,52 @@ def test_the_benchmarks_of_the_repository_are_valid(path: Path, monkeypatch: pyt
     else:
         with pytest.raises((OptionError, ValueError), match="photos"):  # they are not part of the repository
             plan_tasks(config, measuring.trigger_token)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dreambench", "flux2_klein"])
+def test_the_benchmarks_that_need_real_weights_run_with_small_ones(
+    name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file as it is; its subjects' photos, the base and the encoders are others, and all is shorter."""
+    monkeypatch.chdir(tmp_path)
+    told = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    chosen = [subject for subject in told["subjects"] if subject in ("dog", "clock", "cat_plushy")]
+    for number, subject in enumerate(chosen):
+        for option in {"photos", "holdout"} & set(told["subjects"][subject]):
+            tiny.photos(Path(told["subjects"][subject][option]), 2, seed=number)
+            for photo in Path(told["subjects"][subject][option]).glob("*.png"):
+                photo.with_suffix(".txt").write_text(f"a {photo.stem} for a sks {subject}")
+    weights = base
+    if name == "flux2_klein":
+        weights = tmp_path / "weights"
+        tiny_families.BUILDERS["flux.2-klein"](tmp_path / "parts").save_pretrained(weights)
+        Path(told["unrelated_prompts_file"]).write_text("an astronaut riding a horse\n")
+    training = yaml.safe_load((ROOT / told["train_config"]).read_text())
+    training |= {"resolution": 64, "rank": 2, "max_train_steps": 1} | (
+        {"num_class_images": 1} if name != "flux2_klein" else {}
+    )
+    training.pop("mixed_precision")
+    Path("training.yaml").write_text(yaml.safe_dump(training))
+    short = [f"--pretrained_model_name_or_path={weights}", "--train_config=training.yaml", f"--train_script={SCRIPT}",
+             f"--dino={POCKET / 'vit'}", "--num_inference_steps=1", "--strengths=1", "--seeds", "0", "1",
+             "--height=64", "--width=64", "--dtype=fp32"]  # fmt: skip
+    clip = [f"--clip={POCKET / 'clip'}"] if "clip" in told else []
+    config = ["benchmark", f"--config={CONFIGS / name}.yaml", "--only", *chosen]
+    assert main([*config, *short, *clip]) == 0
+    rows, protocol = read_report(Path(told["output_dir"]) / "benchmark.json")
+    found = {row.name: row for row in rows if row.strength == 1}
+    assert set(found) == {"mean", *chosen} and all("drift" in row.figures for row in found.values())
+    if name == "dreambench":
+        assert found["dog"].images == found["clock"].images == 50 and "clip_t" in found["dog"].figures
+        assert "a sks dog wearing a santa hat" in protocol["subjects"]["dog"]["prompts"]
+        assert "a sks clock on top of a dirt road" in protocol["subjects"]["clock"]["prompts"]
+    else:
+        assert found["cat_plushy"].figures["dino_paired"].count == 4
+        adapted = read_adapter(str(Path(told["output_dir"]) / "cat_plushy" / "adapter"))
+        assert any(
+            "single_transformer_blocks.0.attn.to_qkv_mlp_proj" in layer for layer in adapted.tensors["transformer"]
+        )
 
 
 def test_the_dreambench_file_has_all_subjects_with_their_class_and_kind() -> None:

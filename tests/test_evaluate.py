@@ -85,6 +85,7 @@ def test_a_folder_of_photos_is_measured_as_by_hand(tmp_path: Path, capsys: pytes
     shown = capsys.readouterr().out
     assert (tmp_path / "out" / "evaluation.md").read_text().splitlines()[0] in shown
     assert "class token of the last hidden state" in shown
+    assert "DINO and CLIP-I: mean cosine of every" in shown and "CLIP-T: mean cosine" in shown
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,7 @@ def test_an_adapter_is_drawn_and_measured_at_every_strength(drawn: tuple[Path, d
     assert rows["mine", 0.0].figures["drift"].value == pytest.approx(0, abs=1e-6)
     assert 0.001 < rows["mine", 0.5].figures["drift"].value < rows["mine", 1.0].figures["drift"].value
     assert protocol["prompts"] == ["sks dog", "red sks"] and protocol["unrelated prompts"] == ["a cat", "a cow"]
+    assert "\n* seeds: 0, 1\n" in (out / "evaluation.md").read_text()
     assert protocol["seeds"] == [0, 1] and protocol["drawing"]["num_inference_steps"] == "2"
     assert protocol["drawing"]["guidance_scale"] == "the base's own"
     assert protocol["drawing"]["negative_prompt"] == "none"
