@@ -85,7 +85,7 @@ class Journal:
     def measured(self, step: int, look: Look) -> dict[str, str]:
         """Note what was measured on a preview, also for the eye; returns what the progress bar shows."""
         self._write({"step": step, **look.figures, "protocol": look.protocol})
-        told = ", ".join(f"{TITLES[name]} {value:.3f}" for name, value in look.figures.items())
+        told = ", ".join(f"{in_a_row(name)} {value:.3f}" for name, value in look.figures.items())
         log.info("step %d: %s%s", step, told, "; the best yet, kept in best/" if look.kept else "")
         self.shown |= {TITLES[name]: f"{look.figures[name]:.3f}" for name in _SHOWN if name in look.figures}
         return self.shown
@@ -94,6 +94,11 @@ class Journal:
         self.fresh = line
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def in_a_row(name: str) -> str:
+    """What a figure is called in a list that commas part."""
+    return TITLES[name].replace(",", "")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -114,7 +114,7 @@ def _panel(axis: Any, title: str, curves: Curves, best: int | None, levels: Mapp
     if title not in ("loss", "fidelity", "prompt following"):
         axis.set_ylim(bottom=0)
     if any(label and label[0] != "_" for label in axis.get_legend_handles_labels()[1]):
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=6.5, framealpha=0.6)
 
 
 def _previews(folder: Path) -> list[tuple[int, Path]]:

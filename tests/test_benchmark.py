@@ -193,7 +193,9 @@ folder = pathlib.Path(sys.argv[2]).parent / "adapter"
 signals = []
 signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
 folder.with_name("ready").touch()
-while not signals:
+for _ in range(400):
+    if signals:
+        break
     time.sleep(0.05)
 time.sleep(1.5)  # what is left of a step, and writing the checkpoint
 (folder / f"checkpoint-{len(signals)}").mkdir(parents=True)
@@ -210,13 +212,17 @@ def test_ctrl_c_waits_for_the_checkpoint_of_the_training_run(bench: Path, tmp_pa
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     user = threading.Thread(target=press, daemon=True)
     user.start()
-    code = run(bench, f"--output_dir={tmp_path / 'out'}", f"--train_script={tmp_path / 'stop.py'}", "--only", "dog")
+    script = f"--train_script={tmp_path / 'stop.py'}"
+    try:
+        code = run(bench, f"--output_dir={tmp_path / 'out'}", script, "--only", "dog")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     user.join(10)
     assert code == 130 and (ready.parent / "adapter" / "checkpoint-1").is_dir(), "told once, and waited for"
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_processes_share_the_images_and_say_the_same(bench: Path, tmp_path: Path) -> None:

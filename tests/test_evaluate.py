@@ -20,6 +20,7 @@ from delora_diffusion import DeloraConfig, inject_delora, save_delora_weights
 from delora_diffusion.cli import main
 from delora_diffusion.data import load_image
 from delora_diffusion.encoders import embed_images, embed_texts, load_encoder
+from delora_diffusion.metrics import bootstrap
 from delora_diffusion.pictures import Picture, batches_of
 from delora_diffusion.report import Figure, Row, comma_separated, markdown, mean_row, read_report
 
@@ -136,8 +137,11 @@ def test_the_measures_are_those_of_the_images_drawn(drawn: tuple[Path, dict[Any,
     figures = rows["mine", 1.0].figures
     said = embed_texts(clip, ["dog", "red"])
     shown = [embed_images(clip, opened("subject", strength=1.0, prompt=p)) for p in ("sks dog", "red sks")]
-    expected = torch.cat([images @ text for images, text in zip(shown, said, strict=True)]).mean()
-    assert figures["clip_t"].value == pytest.approx(float(expected), abs=1e-5)
+    scores = torch.cat([images @ text for images, text in zip(shown, said, strict=True)])
+    assert figures["clip_t"].value == pytest.approx(float(scores.mean()), abs=1e-5)
+    whole_prompts = bootstrap(scores, seed=0, groups=["sks dog", "sks dog", "red sks", "red sks"])
+    assert (figures["clip_t"].low, figures["clip_t"].high) == pytest.approx(whole_prompts, abs=1e-5)
+    assert whole_prompts != pytest.approx(bootstrap(scores, seed=0), abs=1e-3)
     base, adapted = (embed_images(vit, opened(f, strength=s)) for f, s in (("base", None), ("unrelated", 1.0)))
     assert figures["drift"].value == pytest.approx(float((1 - (base * adapted).sum(-1)).mean() / 2), abs=1e-5)
     pairs = [embed_images(vit, opened("subject", strength=1.0, prompt=p)) for p in ("sks dog", "red sks")]

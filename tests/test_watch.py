@@ -20,7 +20,7 @@ from delora_diffusion import watch as watch_module
 from delora_diffusion.adapter_file import FILE_NAME
 from delora_diffusion.config import ValidationConfig
 from delora_diffusion.encoders import EncoderError, embed_images, embed_texts, load_encoder
-from delora_diffusion.journal import Journal, Look, block_names, figures_by_step, read_log
+from delora_diffusion.journal import Journal, Look, block_names, figures_by_step, in_a_row, read_log
 from delora_diffusion.lora_names import LORA_FILE_NAME
 from delora_diffusion.options import OptionError
 from delora_diffusion.state import current_lambdas
@@ -239,6 +239,10 @@ def test_lambda_is_told_at_the_strength_of_the_ramp() -> None:
     inject_delora(model, DeloraConfig(r=2, delora_lambda=2.0, target_modules="all-linear"))
     model[0].delora["default"].delora_weight.fill_(0.25)  # type: ignore[index, union-attr, operator]
     assert current_lambdas(model) == {"0": 0.5}
+
+
+def test_names_of_figures_in_a_row_have_no_commas_of_their_own() -> None:
+    assert in_a_row("dino_holdout") == "DINO held-out" and in_a_row("drift") == "drift"
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out_and_damage_before_it_is_not(tmp_path: Path) -> None:
