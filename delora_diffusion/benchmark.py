@@ -7,7 +7,6 @@ Under `accelerate launch` the processes share the subjects in training and the i
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import json
 import logging
@@ -35,6 +34,7 @@ from .options import OptionError
 from .pictures import batches_of, read_photos
 from .prompts import DREAMBENCH_PROMPTS
 from .report import Row, markdown, mean_row, protocol_lines, read_report, write_report
+from .sample import processes
 
 log = logging.getLogger(__name__)
 #: What an outer launcher sets for its own processes; a training run inside starts without it.
@@ -70,16 +70,13 @@ def benchmark(config: BenchmarkConfig, measuring: MeasuringConfig, drawing: Draw
         OptionError, DataError, EncoderError: before anything is done, where it can be told.
         BenchmarkError: a training run failed, or a folder holds one with other settings.
     """
-    from accelerate import PartialState
-
     if config.plot:
         need_matplotlib("plot")
     unrelated = unrelated_prompts(measuring)
     tasks = plan_tasks(config, measuring.trigger_token)
     for task in tasks:
         check_prompts(task.prompts, unrelated, token=measuring.trigger_token)
-    # a process that has less to train waits for the others, for as long as that takes
-    state = PartialState(cpu=drawing.device == "cpu", timeout=datetime.timedelta(days=30))
+    state = processes(drawing.device)
     out = Path(config.output_dir)
     train_missing(tasks, Path(config.train_script), state)
     state.wait_for_everyone()

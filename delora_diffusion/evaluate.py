@@ -23,7 +23,7 @@ from .options import OptionError
 from .pictures import Batch, Picture, batches_of, read_photos, read_pictures
 from .prompts import UNRELATED_PROMPTS, has_token
 from .report import Row, markdown, protocol_lines, write_report
-from .sample import adapter_hash, plan, sample
+from .sample import adapter_hash, plan, processes, sample
 from .strengths import Measured, strength_text
 
 log = logging.getLogger(__name__)
@@ -35,9 +35,7 @@ def evaluate(config: EvaluationConfig, measuring: MeasuringConfig, drawing: Draw
     Raises:
         OptionError, EncoderError, DataError, AdapterFileError, BaseModelError: what was drawn stays.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=drawing.device == "cpu")
+    state = processes(drawing.device)
     real = read_photos(Path(config.real), option="real")
     holdout = read_photos(Path(config.holdout), option="holdout") if config.holdout else None
     unrelated = unrelated_prompts(measuring)

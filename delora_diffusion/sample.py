@@ -6,6 +6,7 @@ adapter that was trained again gets new images. Work is split over processes und
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import itertools
 import json
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
@@ -64,9 +66,7 @@ def sample(config: SamplingConfig, drawing: DrawingConfig) -> Path:
     Raises:
         OptionError, AdapterFileError, BaseModelError, ValueError: nothing is drawn; images drawn earlier stay.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=drawing.device == "cpu")
+    state = processes(drawing.device)
     device = drawing.device or state.device
     planned = plan(config, drawing)
     out, jobs = Path(config.output_dir), planned.jobs
@@ -91,11 +91,22 @@ def sample(config: SamplingConfig, drawing: DrawingConfig) -> Path:
     return sheet
 
 
+def processes(device: str | None) -> Any:
+    """This process among those that were launched together: accelerate's PartialState.
+
+    Where there is no accelerator it must be told so, or each process takes itself for the only one. One that waits for
+    others does so for as long as they train or measure.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=datetime.timedelta(days=30))
+
+
 def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
     """Every image that is asked for, prompt by prompt: the order of the contact sheet. Nothing is drawn."""
-    from accelerate import PartialState
-
-    cpu = PartialState(cpu=drawing.device == "cpu").device.type == "cpu"
+    cpu = processes(drawing.device).device.type == "cpu"
     adapters = [read_adapter(source) for source in config.adapter]
     base = config.pretrained_model_name_or_path or base_of(
         adapters, config.adapter, option="pretrained_model_name_or_path"

@@ -34,6 +34,7 @@ from delora_diffusion.config import (
     TrainingConfig,
     ValidationConfig,
 )
+from delora_diffusion.dial_plot import dial_plot
 from delora_diffusion.evaluation_config import BenchmarkConfig, MeasuringConfig
 from delora_diffusion.options import OptionError, build, read_yaml
 from delora_diffusion.prompts import DREAMBENCH_CLASSES, DREAMBENCH_LIVE
@@ -226,12 +227,16 @@ def test_ctrl_c_waits_for_the_checkpoint_of_the_training_run(bench: Path, tmp_pa
 
 
 def test_processes_share_the_images_and_say_the_same(bench: Path, tmp_path: Path) -> None:
+    told = yaml.safe_load((bench / "bench.yaml").read_text())
+    told.pop("device")  # that there is nothing but the CPU is found out
+    (tmp_path / "bench.yaml").write_text(yaml.safe_dump(told))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = ["-m", "delora_diffusion.cli", "benchmark", f"--config={bench / 'bench.yaml'}", "--strengths", "1",
+    command = ["-m", "delora_diffusion.cli", "benchmark", f"--config={tmp_path / 'bench.yaml'}", "--strengths", "1",
                "--only", "cat", "--no-plot", f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     job = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=240)
     assert job.returncode == 0, job.stderr
+    assert job.stderr.count("cat (1 of 1)") == 1, "one of the two speaks"
     alone, together = rows_of(bench), rows_of(tmp_path)
     for column, figure in together["cat", 1.0].figures.items():
         assert figure.value == pytest.approx(alone["cat", 1.0].figures[column].value, abs=2e-3)
@@ -258,6 +263,28 @@ def test_processes_share_the_subjects_each_trained_by_itself(
         assert len(seen) == place + 1 and str(tmp_path / name / "training.yaml") in command
         assert environment["CUDA_VISIBLE_DEVICES"] == "45"[place]
         assert "RANK" not in environment and "TORCHELASTIC_RUN_ID" not in environment
+
+
+def test_the_plot_is_likeness_over_drift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    drawn: list[tuple[list[float], list[float]]] = []
+    original = Axes.plot
+
+    def noted(self: Axes, x: list[float], y: list[float], *args: Any, **style: Any) -> Any:
+        drawn.append((x, y))
+        return original(self, x, y, *args, **style)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+
+    def dial(*figures: tuple[float, float]) -> list[Row]:
+        return [Row("x", float(number), 1, {"drift": Figure(drift, 0, 1, 1), "dino": Figure(likeness, 0, 1, 1)})
+                for number, (drift, likeness) in enumerate(figures)]  # fmt: skip
+
+    dial_plot(tmp_path / "plot.png", dial((0.0, 0.2), (0.1, 0.8)), {"dog": dial((0.0, 0.3), (0.2, 0.9))},
+              column="dino", reference=0.95)  # fmt: skip
+    assert drawn == [([0.0, 0.2], [0.3, 0.9]), ([0.0, 0.1], [0.2, 0.8])] and (tmp_path / "plot.png").is_file()
 
 
 def test_the_mean_is_over_subjects() -> None:

@@ -66,7 +66,7 @@ def test_curves_that_are_the_same_are_drawn_once_under_their_names() -> None:
     assert list(told_once({str(number): up for number in range(6)})) == ["0, 1, 4 more"]
 
 
-def test_what_the_photos_score_is_a_line_in_the_panel_of_the_figure(
+def test_the_best_and_what_the_photos_score_are_lines_at_their_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -74,8 +74,11 @@ def test_what_the_photos_score_is_a_line_in_the_panel_of_the_figure(
 
     drawn: list[tuple[str, float]] = []
     monkeypatch.setattr(Axes, "axhline", lambda self, y, **style: drawn.append((style["linestyle"], y)))
-    plot_run(written(tmp_path, LINES), photos={"dino": 0.9, "clip_t": 0.25, "clip_i": 0.8})
+    marked: list[float] = []
+    monkeypatch.setattr(Axes, "axvline", lambda self, x, **style: marked.append(x))
+    plot_run(written(tmp_path, LINES), best=10, photos={"dino": 0.9, "clip_t": 0.25, "clip_i": 0.8})
     assert drawn == [(":", 0.9), (":", 0.25)], "CLIP-I was not measured on previews"
+    assert marked == [10] * 6, "in every panel"
 
 
 def test_a_run_without_any_line_has_no_picture(tmp_path: Path) -> None:

@@ -7,14 +7,22 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from delora_diffusion import DeloraConfig, inject_delora, strengths
 from delora_diffusion.adapter_file import FILE_NAME
 from delora_diffusion.card import write_card
 from delora_diffusion.cli import main
+from delora_diffusion.config import ValidationConfig
+from delora_diffusion.data import load_image
+from delora_diffusion.encoders import embed_images, load_encoder
+from delora_diffusion.inject import delora_adapters, set_delora_adapters
 from delora_diffusion.journal import figures_by_step, read_log
+from delora_diffusion.metrics import fidelity
 from delora_diffusion.report import read_report
-from delora_diffusion.strengths import SHEET, TABLE, Measured, recommended, strength_text
+from delora_diffusion.strengths import SHEET, TABLE, Measured, draw_strengths, recommended, strength_text
 
 from .test_sample import adapters
 from .test_train import Run, fresh_accelerator, run, same, tensors
@@ -76,6 +84,37 @@ def test_training_ends_with_the_sheet_and_leaves_the_adapter_as_it_was(
     assert "| the photos themselves |" in card
     with Image.open(out / SHEET) as sheet:
         assert sheet.width > 3 * 160 and sheet.height > 3 * 160
+
+
+def test_strength_one_is_judged_by_the_first_picture_of_each_prompt_like_the_others(run: Run) -> None:
+    out = run("out", *WATCHED, "--num_validation_images=2", "--strength_sheet=1", "--max_train_steps=1")
+    (full,) = json.loads((out / TABLE).read_text())["strengths"]
+    shown = [load_image(out / "previews" / "step_000001" / f"{row}_0.png") for row in (0, 1)]
+    vit = load_encoder(VIT, device="cpu")
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    photos = [load_image(path) for path in sorted(Path(config["instance_data_dir"]).iterdir())]
+    expected = fidelity(embed_images(vit, shown), embed_images(vit, photos))
+    assert full["figures"]["dino"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_strengths_are_multiples_of_the_weight_the_adapter_has_which_it_keeps(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    inject_delora(pipe.unet, DeloraConfig(r=2))
+    set_delora_adapters(pipe.unet, "default", 0.8)
+
+    def weight() -> float:
+        return float(next(iter(delora_adapters(pipe.unet).values())).delora_weight)
+
+    seen = []
+    picture = Image.new("RGB", (16, 16))
+    monkeypatch.setattr(strengths, "draw_previews", lambda *_, **__: seen.append(weight()) or [[picture]])
+    draw_strengths(
+        pipe, {"unet": pipe.unet}, tmp_path, ValidationConfig(["a sks dog"], strength_sheet=[0.5, 1.5]),
+        (["a sks dog"], None), ([], None), gauge=None, base=[], known=([], []), size=16, seed=0,
+    )  # fmt: skip
+    assert seen == pytest.approx([0.4, 1.2]) and weight() == pytest.approx(0.8) and (tmp_path / SHEET).is_file()
 
 
 def test_an_evaluation_over_the_dial_recommends_a_strength_in_the_card(
