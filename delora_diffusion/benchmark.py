@@ -6,14 +6,15 @@ Under `accelerate launch` the processes share the subjects in training and the i
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from .options import OptionError
 from .pictures import batches_of, read_photos
 from .prompts import DREAMBENCH_PROMPTS
 from .report import Row, markdown, mean_row, protocol_lines, read_report, write_report
+from .sample import processes
 
 log = logging.getLogger(__name__)
 #: What an outer launcher sets for its own processes; a training run inside starts without it.
@@ -68,16 +70,13 @@ def benchmark(config: BenchmarkConfig, measuring: MeasuringConfig, drawing: Draw
         OptionError, DataError, EncoderError: before anything is done, where it can be told.
         BenchmarkError: a training run failed, or a folder holds one with other settings.
     """
-    from accelerate import PartialState
-
     if config.plot:
         need_matplotlib("plot")
     unrelated = unrelated_prompts(measuring)
     tasks = plan_tasks(config, measuring.trigger_token)
     for task in tasks:
         check_prompts(task.prompts, unrelated, token=measuring.trigger_token)
-    # a process that has less to train waits for the others, for as long as that takes
-    state = PartialState(cpu=drawing.device == "cpu", timeout=datetime.timedelta(days=30))
+    state = processes(drawing.device)
     out = Path(config.output_dir)
     train_missing(tasks, Path(config.train_script), state)
     state.wait_for_everyone()
@@ -209,11 +208,34 @@ def _train(task: Task, script: Path, state: Any) -> None:
     log.info("training %s", task.name)
     start = ["--resume_from_checkpoint", "latest"] if checkpoints(adapter) else ["--overwrite_output_dir"]
     command = [sys.executable, str(script), "--config", str(told), *start]
-    code = subprocess.run(command, env=_environment(state)).returncode
-    if code == 130:
+    code = _run(command, _environment(state))
+    if code in (130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code:
         raise BenchmarkError(f"training of {task.name} failed with exit code {code}: {' '.join(command)}")
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """The exit code of a command. Ctrl-C reaches it through here, once, which waits for it to write a checkpoint."""
+    job = subprocess.Popen(command, env=environment, start_new_session=True)
+    with _passed_on(job):
+        return job.wait()
+
+
+@contextlib.contextmanager
+def _passed_on(job: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Give SIGINT and SIGTERM to `job` instead of this process."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = {number: signal.signal(number, lambda n, _: job.send_signal(n)) for number in numbers}
+    except ValueError:  # not in the main thread: nothing to catch
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _environment(state: Any) -> dict[str, str]:

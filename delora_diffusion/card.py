@@ -17,6 +17,14 @@ from .journal import TITLES
 from .lora_names import LORA_FILE_NAME
 from .peft_format import CONFIG_NAME, WEIGHTS_NAME
 
+#: Figure -> what a reader is told of it.
+MEANINGS = {
+    **dict.fromkeys(
+        ("dino", "dino_holdout", "clip_i", "clip_i_holdout"), "DINO, CLIP-I: likeness to the photos, up to 1"
+    ),
+    "clip_t": "CLIP-T: likeness to the prompt, to compare rows by",
+    "drift": "drift: how far pictures of other things have changed, 0 is not at all",
+}
 #: What lies between is `set_strength`'s.
 _START, _END = "<!-- strength -->", "<!-- end of strength -->"
 CARD_NAME, SHEET_NAME = "README.md", "contact_sheet.png"
@@ -112,13 +120,15 @@ def set_strength(folder: Path, strength: str) -> bool:
 
 
 def figure_table(rows: Sequence[tuple[str, Mapping[str, float]]], *, of: str) -> str:
-    """A Markdown table of (what, its figures by name); `of` heads the first column; empty columns are left out."""
+    """A Markdown table of (what, its figures by name), and what they mean; `of` heads the first column; empty columns
+    are left out."""
     columns = [name for name in TITLES if any(name in figures for _, figures in rows)]
     lines = [f"| {of} | " + " | ".join(TITLES[name] for name in columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for what, figures in rows:
         cells = [f"{figures[name]:.3f}" if name in figures else "" for name in columns]
         lines.append(f"| {what} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    told = dict.fromkeys(MEANINGS[name] for name in columns)
+    return "\n".join([*lines, "", "; ".join(told) + "."])
 
 
 def _strength_lines(strength: str) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .buckets import bucket_sizes
 from .objective import TIMESTEP_SAMPLINGS
 from .options import OptionError, at_least, option
-from .prompts import UNRELATED_PROMPTS
+from .prompts import UNRELATED_PROMPTS, has_token
 from .targets import BIAS_CHOICES, INIT_CHOICES
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
@@ -206,7 +206,9 @@ class TrainingConfig:
 class ValidationConfig:
     """Previews, and what is measured on them."""
 
-    validation_prompt: list[str] = option([], "prompts of the previews; none: no previews")
+    validation_prompt: list[str] = option(
+        [], "prompts of the previews; none: no previews; a .txt file stands for its lines"
+    )
     validation_steps: int = option(
         100, "steps between previews; there is always one before the first step and one at the end"
     )
@@ -254,6 +256,8 @@ class ValidationConfig:
         needing = [*encoders, *(["strength_sheet"] if self.strength_sheet else [])]
         if needing and not self.validation_prompt:
             raise OptionError(f"{' and '.join(needing)} look at the previews; give validation_prompt, a few prompts")
+        if encoders:
+            self._check_token()
         if self.patience is not None:
             at_least(self, 1, "patience")
             if self.keep_best == "none":
@@ -262,6 +266,22 @@ class ValidationConfig:
             raise OptionError("keep_best balanced weighs drift; give validation_world_prompt, or keep_best fidelity")
         if any(strength <= 0 for strength in self.strength_sheet):
             raise OptionError("strength_sheet holds a strength that is not positive; 0 is the base, 1 as trained")
+
+    def _check_token(self) -> None:
+        """The rare word tells prompts of the subject, whose pictures are measured, from the others."""
+        if not self.trigger_token:
+            raise OptionError('trigger_token is empty; give the rare word of the prompts, e.g. "sks"')
+        # a file's prompts are checked once it is read
+        if not any(has_token(p, self.trigger_token) or p.endswith(".txt") for p in self.validation_prompt):
+            raise OptionError(
+                f"no validation_prompt has the rare word {self.trigger_token!r} ({self.validation_prompt[0]!r}, ...), "
+                f"so there is no picture of the subject to measure; give the right trigger_token"
+            )
+        if named := [prompt for prompt in self.validation_world_prompt if has_token(prompt, self.trigger_token)]:
+            raise OptionError(
+                f"the validation_world_prompt {named[0]!r} has the rare word {self.trigger_token!r}; take it out: "
+                f"drift is measured on what has nothing to do with the subject"
+            )
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ def dial_plot(
     axes.set_xlabel("drift of unrelated prompts (lower is better)")
     axes.set_ylabel(f"likeness to the subject, {TITLES[column]} (higher is better)")
     axes.set_title("adapter strength, from the base model to beyond “as trained”", fontsize=9)
+    axes.margins(x=0.12)  # room for the names at the ends of the curves
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="lower right")
     with complete_file(path) as aside:

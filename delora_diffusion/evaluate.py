@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .adapter_file import read_adapter
 from .card import CARD_NAME, set_strength
 from .config import DrawingConfig, SamplingConfig
 from .data import read_prompts
@@ -22,7 +23,7 @@ from .options import OptionError
 from .pictures import Batch, Picture, batches_of, read_photos, read_pictures
 from .prompts import UNRELATED_PROMPTS, has_token
 from .report import Row, markdown, protocol_lines, write_report
-from .sample import plan, sample
+from .sample import adapter_hash, plan, processes, sample
 from .strengths import Measured, strength_text
 
 log = logging.getLogger(__name__)
@@ -34,9 +35,7 @@ def evaluate(config: EvaluationConfig, measuring: MeasuringConfig, drawing: Draw
     Raises:
         OptionError, EncoderError, DataError, AdapterFileError, BaseModelError: what was drawn stays.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=drawing.device == "cpu")
+    state = processes(drawing.device)
     real = read_photos(Path(config.real), option="real")
     holdout = read_photos(Path(config.holdout), option="holdout") if config.holdout else None
     unrelated = unrelated_prompts(measuring)
@@ -61,24 +60,29 @@ def evaluate(config: EvaluationConfig, measuring: MeasuringConfig, drawing: Draw
         written = write_report(out, "evaluation", rows, protocol)
         print(markdown(rows), *protocol_lines(protocol), sep="\n")
         log.info("table: %s (and .csv, .json)", written)
-        if len(config.adapter) == 1:
-            recommend(rows, Path(config.adapter[0]))
+        recommend(rows, batches)
     state.wait_for_everyone()
     return out / "evaluation.md"
 
 
-def recommend(rows: Sequence[Row], adapter: Path) -> None:
-    """Say which of the measured strengths to use, also in the adapter's card if it has one."""
+def recommend(rows: Sequence[Row], batches: Sequence[Batch]) -> None:
+    """Say which of the measured strengths to use if all are of one adapter, also in its card: if it has one, and is
+    still the adapter that drew the images."""
     dial = [
         Measured(row.strength, {name: figure.value for name, figure in row.figures.items() if name in TITLES})
         for row in rows
         if row.strength is not None
     ]
-    if len({row.strength for row in dial}) < 2 or not (text := strength_text(dial)):
+    drew = {(p.settings["adapter"], p.settings["adapter_hash"]) for batch in batches for p in batch.pictures
+            if p.settings.get("adapter")}  # fmt: skip
+    strengths = {row.strength for row in dial}
+    if len(drew) != 1 or not 1 < len(strengths) == len(dial) or not (text := strength_text(dial)):
         return
     log.info("%s", text.splitlines()[0])
-    if set_strength(adapter, text):
-        log.info("the card %s says so", adapter / CARD_NAME)
+    ((source, content),) = drew
+    folder = Path(source)
+    if (folder / CARD_NAME).is_file() and adapter_hash(read_adapter(folder)) == content and set_strength(folder, text):
+        log.info("the card %s says so", folder / CARD_NAME)
 
 
 def drawn_pictures(
@@ -147,6 +151,13 @@ def drawing_protocol(batches: Sequence[Batch]) -> dict[str, Any]:
         "height",
         "width",
     )
-    drawn = {name: sorted({str(p.settings[name]) for p in pictures if name in p.settings}) for name in shared}
+    drawn = {
+        name: sorted({_drawn_with(name, p.settings[name]) for p in pictures if name in p.settings}) for name in shared
+    }
     told |= {"drawing": {name: ", ".join(values) for name, values in drawn.items() if values}}
     return {name: value for name, value in told.items() if value}
+
+
+def _drawn_with(name: str, value: Any) -> str:
+    unset = "none" if name == "negative_prompt" else "the base's own"
+    return unset if value is None else str(value)

@@ -6,6 +6,7 @@ A line of the loss has the key "loss"; a line of a preview has the figures measu
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from torch import nn
 from .files import complete_file
 from .state import current_lambdas, update_norms
 
+log = logging.getLogger(__name__)
 LOG_STEPS = 10
 #: Blocks of one kind that are told apart in the log; longer rows of them are told in this many ranges.
 BLOCKS_OF_A_KIND = 4
@@ -31,7 +33,8 @@ _SHOWN = ("dino", "clip_i", "clip_t", "drift")
 
 @dataclass(frozen=True)
 class Look:
-    """What came of a preview: figures by name (none without encoders), and whether it was one too many.
+    """What came of a preview: figures by name (none without encoders), whether it was one too many, and whether its
+    adapter was kept as the best yet.
 
     Only figures of one `protocol` (prompts, encoders, photos: a hash) can be compared.
     """
@@ -39,6 +42,7 @@ class Look:
     figures: dict[str, float] = field(default_factory=dict)
     enough: bool = False
     protocol: str = ""
+    kept: bool = False
 
 
 class Journal:
@@ -74,9 +78,15 @@ class Journal:
             self.shown |= {"loss": f"{mean_loss:.4f}", "|dW|/|W|": f"{mean_norm:.4f}"}
         return self.shown
 
+    def paused(self, seconds: float) -> None:
+        """Leave out of the pace of training what a preview took."""
+        self.since += seconds
+
     def measured(self, step: int, look: Look) -> dict[str, str]:
-        """Note what was measured on a preview; returns what the progress bar shows."""
+        """Note what was measured on a preview, also for the eye; returns what the progress bar shows."""
         self._write({"step": step, **look.figures, "protocol": look.protocol})
+        told = ", ".join(f"{in_a_row(name)} {value:.3f}" for name, value in look.figures.items())
+        log.info("step %d: %s%s", step, told, "; the best yet, kept in best/" if look.kept else "")
         self.shown |= {TITLES[name]: f"{look.figures[name]:.3f}" for name in _SHOWN if name in look.figures}
         return self.shown
 
@@ -84,6 +94,11 @@ class Journal:
         self.fresh = line
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def in_a_row(name: str) -> str:
+    """What a figure is called in a list that commas part."""
+    return TITLES[name].replace(",", "")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

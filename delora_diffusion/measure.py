@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,16 @@ def protocol_of(judges: Judges, *, real: Photos, holdout: Photos | None) -> dict
     """All that the numbers depend on besides the images."""
     kind = judges.main.upper()
     told: dict[str, Any] = {f"{name.upper()} encoder": encoder.protocol for name, encoder in judges.encoders.items()}
+    likeness = " and ".join({"dino": "DINO", "clip": "CLIP-I"}[name] for name in judges.encoders)
+    told[likeness] = "mean cosine of every generated image with every photo"
+    if "clip" in judges.encoders:
+        told["CLIP-T"] = f"mean cosine of an image with its own prompt, read without {judges.token!r}"
     told |= {
-        "DINO, CLIP-I": "mean cosine of every generated image with every photo",
-        "CLIP-T": f"mean cosine of an image with its own prompt, read without {judges.token!r}",
         "drift": f"mean of (1 - cos) / 2 of the base's and the adapted image, {kind}; same unrelated prompt and seed",
         "diversity": f"mean of 1 - cos over the pairs of images of one prompt, {kind}; mean over prompts",
         "intervals": f"{LEVEL:.0%} bootstrap of the mean, {ROUNDS} rounds, seed {SEED}, whole prompts are drawn "
         "(single images where there are fewer than two prompts); the photos are fixed",
+        "measured with": {name: version(name) for name in ("torch", "transformers", "pillow")},
         "training photos": _told(real),
     }
     if judges.lpips:
@@ -202,11 +206,19 @@ def _lpips(device: str | torch.device) -> Distance:
     """Mean LPIPS over the distinct pairs of images of one size (Zhang et al. 2018, AlexNet)."""
     try:
         import lpips
-    except ImportError as error:
-        raise EncoderError('--lpips needs the extra lpips: pip install "delora_diffusion[lpips]"') from error
-    import numpy as np
 
-    network = lpips.LPIPS(net="alex", verbose=False).to(device).eval()
+        network = lpips.LPIPS(net="alex", verbose=False).to(device).eval()
+    except ImportError as error:
+        raise EncoderError(
+            '--lpips needs the extra lpips, which brings torchvision: pip install "delora_diffusion[lpips]"'
+        ) from error
+    except (OSError, RuntimeError) as error:  # no network; a torchvision built for another torch
+        raise EncoderError(
+            f"--lpips: {str(error).strip().splitlines()[0]}. It needs a torchvision that fits torch "
+            f"{torch.__version__}, and AlexNet's weights, which torchvision downloads once into "
+            f"{torch.hub.get_dir()}/checkpoints"
+        ) from error
+    import numpy as np
 
     @torch.no_grad()
     def distance(images: Sequence[Image.Image]) -> float:

@@ -111,14 +111,14 @@ def protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, Mapping):
             shown = ", ".join(f"{key} {_short(item)}" for key, item in value.items())
         else:
-            shown = _short(value)
+            shown = _short(value, between=", ")
         lines.append(f"{name}: {shown}")
     return lines
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, *, between: str = " x ") -> str:
     if isinstance(value, (list, tuple)):
-        return " x ".join(map(str, value)) if len(value) <= 3 else f"{len(value)} of them"
+        return between.join(map(str, value)) if len(value) <= 3 else f"{len(value)} of them"
     return str(value)
 
 
@@ -129,5 +129,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 def _cell(figure: Figure | None) -> str:
     if figure is None:
         return ""
-    interval = "" if math.isnan(figure.low) else f" [{figure.low:.3f}, {figure.high:.3f}]"
-    return f"{figure.value:.3f}{interval}"
+    value, low, high = (
+        f"{number:.3f}".replace("-0.000", "0.000") for number in (figure.value, figure.low, figure.high)
+    )
+    return value if math.isnan(figure.low) else f"{value} [{low}, {high}]"

@@ -17,14 +17,23 @@ FILE = "training.png"
 #: Previews shown below the curves, spread over the run.
 PREVIEWS = 8
 _LIKENESS = ("dino", "dino_holdout", "clip_i", "clip_i_holdout")
+#: Panel -> how it is headed, where the name alone does not say what is good.
+HEADINGS = {
+    "fidelity": "fidelity: likeness to the photos",
+    "prompt following": "prompt following: likeness to the prompt",
+    "drift": "drift: change of other pictures (low is good)",
+    "|dW| / |W|": "|dW| / |W| by block: size of the update",
+    "lambda, with its ramp": "lambda by block, with its ramp",
+}
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
-def plot_run(folder: Path, *, best: int | None = None) -> Path | None:
+def plot_run(folder: Path, *, best: int | None = None, photos: Mapping[str, float] | None = None) -> Path | None:
     """Draw `folder`/training.png from `folder`/log.jsonl and the previews beside it.
 
     Args:
         best: step of the adapter that was kept as the best, marked in every panel.
+        photos: what the photos themselves score, by figure: dotted lines.
 
     Returns:
         The picture; None without matplotlib (the log says how to get it), or without any line in the log.
@@ -46,8 +55,9 @@ def plot_run(folder: Path, *, best: int | None = None) -> Path | None:
     if previews:
         _show(parts[1], previews)
     axes = parts[0].subplots(down, across, squeeze=False).flatten().tolist()
+    levels = {TITLES[name]: value for name, value in (photos or {}).items()}
     for axis, (title, curves) in zip(axes, panels.items(), strict=False):
-        _panel(axis, title, curves, best)
+        _panel(axis, title, curves, best, levels)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     with complete_file(folder / FILE) as aside:
@@ -74,21 +84,37 @@ def curves_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tu
     return {title: curves for title, curves in kept.items() if curves}
 
 
-def _panel(axis: Any, title: str, curves: Curves, best: int | None) -> None:
+def told_once(curves: Curves) -> dict[str, Sequence[tuple[int, float]]]:
+    """The curves, those that are the same as one, under their names (two of them, where there are many)."""
+    names: dict[tuple[tuple[int, float], ...], list[str]] = {}
     for name, points in curves.items():
+        names.setdefault(tuple(points), []).append(name)
+    return {_listed(same): points for points, same in names.items()}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]}, {len(names) - 2} more"
+
+
+def _panel(axis: Any, title: str, curves: Curves, best: int | None, levels: Mapping[str, float]) -> None:
+    for name, points in told_once(curves).items():
         few = "." if len(points) < 30 else None
-        axis.plot(*zip(*points, strict=True), marker=few, linewidth=1.3, label=name)
+        (line,) = axis.plot(*zip(*points, strict=True), marker=few, linewidth=1.3, label=name)
+        if name in levels:
+            axis.axhline(levels[name], color=line.get_color(), linewidth=1, linestyle=":")
+    if any(name in levels for name in curves):
+        axis.plot([], [], color="0.4", linewidth=1, linestyle=":", label="the photos themselves")
     if best is not None:
         label = f"best, step {best}" if title == "fidelity" else None
         axis.axvline(best, color="0.6", linewidth=1, linestyle="--", label=label)
-    axis.set_title(title, fontsize=10)
+    axis.set_title(HEADINGS.get(title, title), fontsize=10)
     axis.set_xlabel("step", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25)
     if title not in ("loss", "fidelity", "prompt following"):
         axis.set_ylim(bottom=0)
     if any(label and label[0] != "_" for label in axis.get_legend_handles_labels()[1]):
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=6.5, framealpha=0.6)
 
 
 def _previews(folder: Path) -> list[tuple[int, Path]]:

@@ -6,6 +6,7 @@ adapter that was trained again gets new images. Work is split over processes und
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import itertools
 import json
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
@@ -64,9 +66,7 @@ def sample(config: SamplingConfig, drawing: DrawingConfig) -> Path:
     Raises:
         OptionError, AdapterFileError, BaseModelError, ValueError: nothing is drawn; images drawn earlier stay.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=drawing.device == "cpu")
+    state = processes(drawing.device)
     device = drawing.device or state.device
     planned = plan(config, drawing)
     out, jobs = Path(config.output_dir), planned.jobs
@@ -91,11 +91,22 @@ def sample(config: SamplingConfig, drawing: DrawingConfig) -> Path:
     return sheet
 
 
+def processes(device: str | None) -> Any:
+    """This process among those that were launched together: accelerate's PartialState.
+
+    Where there is no accelerator it must be told so, or each process takes itself for the only one. One that waits for
+    others does so for as long as they train or measure.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=datetime.timedelta(days=30))
+
+
 def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
     """Every image that is asked for, prompt by prompt: the order of the contact sheet. Nothing is drawn."""
-    from accelerate import PartialState
-
-    cpu = PartialState(cpu=drawing.device == "cpu").device.type == "cpu"
+    cpu = processes(drawing.device).device.type == "cpu"
     adapters = [read_adapter(source) for source in config.adapter]
     base = config.pretrained_model_name_or_path or base_of(
         adapters, config.adapter, option="pretrained_model_name_or_path"
@@ -106,7 +117,7 @@ def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
         "num_inference_steps": drawing.num_inference_steps, "guidance_scale": drawing.guidance_scale,
         "height": drawing.height, "width": drawing.width,
     }  # fmt: skip
-    hashes = [_content(adapter) for adapter in adapters]
+    hashes = [adapter_hash(adapter) for adapter in adapters]
     sources: list[int | None] = list(range(len(adapters))) or [None]
     prompts = read_prompts(config.prompts, config.prompts_file, option="prompts_file")
     repeats = range(config.images_per_prompt)
@@ -148,7 +159,10 @@ def sheet_of(out: Path, jobs: Sequence[Job], *, cell: int = 192) -> Image.Image:
 
 
 def _label(settings: dict[str, Any], key: str) -> str:
-    return Path(settings["adapter"] or "base").name if key == "adapter" else f"{key} {settings[key]}"
+    value = settings[key]
+    if key == "adapter":
+        return Path(value or "base").name
+    return f"{key} {value:g}" if key == "strength" else f"{key} {value}"
 
 
 def _opened(path: Path, side: int) -> Image.Image:
@@ -199,7 +213,7 @@ def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
             yield group[first : first + size]
 
 
-def _content(adapter: Adapter) -> str:
+def adapter_hash(adapter: Adapter) -> str:
     """Hash of an adapter's tensors: the same file elsewhere is the same adapter, a retrained one is not."""
     digest = hashlib.sha256()
     for component, tensors in sorted(adapter.tensors.items()):

@@ -15,7 +15,7 @@ from .card import figure_table
 from .config import ValidationConfig
 from .files import complete_file
 from .inject import delora_adapters, set_delora_adapters
-from .journal import TITLES
+from .journal import TITLES, in_a_row
 from .preview import Prompts, Rows, draw_previews, draw_unrelated
 from .sheet import contact_sheet
 from .watch import FIDELITY, Gauge, fidelity_of, figures_of
@@ -52,7 +52,7 @@ def strength_text(rows: Sequence[Measured], *, sheet: str | None = None) -> str:
     name = next(TITLES[name] for name in FIDELITY if name in rows[0].figures)
     lines = [
         f"Recommended: **{chosen:g}**, the smallest strength whose fidelity ({name}) is within {TOLERANCE:.0%} of the "
-        f"best. 0 is the base, 1 as trained.",
+        f"best. 0 is the base, 1 as trained.{' One picture a prompt.' if sheet else ''}",
         "",
         figure_table([(_marked(row.strength, chosen), row.figures) for row in rows], of="strength"),
         *(["", f"![{sheet}]({sheet})"] if sheet else []),
@@ -129,7 +129,8 @@ def _sheet(
     chosen = recommended(measured)
     heads = []
     for row in measured:
-        parts = [f"{TITLES[name]} {row.figures[name]:.2f}" for name in (*FIDELITY[:2], "drift") if name in row.figures]
+        shown = [name for name in (*FIDELITY[:2], "drift") if name in row.figures]
+        parts = [f"{in_a_row(name)} {row.figures[name]:.2f}" for name in shown]
         heads.append(
             ", ".join([f"strength {row.strength:g}{' (recommended)' if row.strength == chosen else ''}", *parts])
         )

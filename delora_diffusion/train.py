@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .batches import Examples, Pick, batch_loss, picks
 from .checkpoint import (
@@ -192,7 +194,10 @@ def train(
     _set_weight(modules, ramp_weight(start - 1, warmup))
 
     def look(done: int) -> bool:
+        started = time.perf_counter()
         found = preview(done)
+        if journal is not None:
+            journal.paused(time.perf_counter() - started)
         if journal is not None and found.figures:
             bar.set_postfix(journal.measured(done, found))
             if accelerator.trackers:
@@ -201,7 +206,7 @@ def train(
 
     # ---- the loop
     done = start
-    with _stop_signals() as stopping, bar:
+    with _stop_signals() as stopping, logging_redirect_tqdm(), bar:
         for step in range(start, last):
             if step % preview_steps == 0 and look(step):
                 break
@@ -306,9 +311,10 @@ def _announce(
         len(examples.classes),
         len(examples.latents),
     )
-    log.info("%d steps of %d photos on %s (%d processes, %s); the strength ramps up over %d steps",
+    precision = accelerator.mixed_precision.replace("no", "no mixed precision")
+    log.info("%d steps of %d photos on %s (%d process%s, %s); the strength ramps up over %d steps",
              training.max_train_steps, per_step, accelerator.device, accelerator.num_processes,
-             accelerator.mixed_precision, warmup)  # fmt: skip
+             "es" * (accelerator.num_processes > 1), precision, warmup)  # fmt: skip
     if folder is not None:
         log.info("resumed from %s at step %d", folder, start)
     elif training.resume_from_checkpoint:

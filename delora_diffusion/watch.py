@@ -22,8 +22,8 @@ from .encode import fingerprint
 from .encoders import EncoderError, ImageEncoder, embed_images, embed_texts, load_encoder
 from .files import complete_folder
 from .journal import Look, figures_by_step, read_log
-from .metrics import drift, fidelity, prompt_following
-from .prompts import without_token
+from .metrics import drift, fidelity, prompt_following, real_against_real
+from .prompts import has_token, without_token
 
 log = logging.getLogger(__name__)
 #: Encoder -> the name of its likeness.
@@ -94,10 +94,13 @@ def figures_of(
     """Likeness to each set of photos, prompt following, and drift, each rounded to six digits.
 
     Args:
-        images: pictures of the subject. prompts: the prompt of each.
+        images: pictures drawn. prompts: the prompt of each; pictures whose prompt has no rare word are not of the
+            subject, and not measured.
         unrelated: pictures for unrelated prompts. base: the base model's for the same prompts and seeds; may be none.
     """
     figures = {}
+    asked = [place for place, prompt in enumerate(prompts) if has_token(prompt, gauge.token)]
+    images, prompts = [images[place] for place in asked], [prompts[place] for place in asked]
     for kind, encoder in gauge.encoders.items():
         seen = embed_images(encoder, images)
         for suffix in ("", "_holdout"):
@@ -109,8 +112,32 @@ def figures_of(
     if unrelated:
         main = gauge.encoders[gauge.main]
         figures["drift"] = drift(embed_images(main, base), embed_images(main, unrelated))
-    # 0.0 is added so that rounding leaves no -0.0
-    return {name: round(value, 6) + 0.0 for name, value in figures.items()}
+    return _rounded(figures)
+
+
+def figures_of_photos(gauge: Gauge, captions: Sequence[str]) -> dict[str, float]:
+    """What the photos the subject is taught from score themselves, to read the figures of previews by: against one
+    another, against the held-out ones, and with their captions, read without the rare word.
+
+    Args:
+        captions: the caption of each photo.
+    """
+    figures = {}
+    for kind, encoder in gauge.encoders.items():
+        name = LIKENESS[kind]
+        mine = gauge.photos[name]
+        if len(mine) > 1:
+            figures[name] = real_against_real(mine)
+        if (held_out := f"{name}_holdout") in gauge.photos:
+            figures[held_out] = fidelity(mine, gauge.photos[held_out])
+        if kind == "clip":
+            texts = embed_texts(encoder, [without_token(caption, gauge.token) for caption in captions])
+            figures["clip_t"] = prompt_following(mine, texts)
+    return _rounded(figures)
+
+
+def _rounded(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) + 0.0 for name, value in figures.items()}  # + 0.0: no -0.0
 
 
 def fidelity_of(figures: Mapping[str, float]) -> float:
@@ -174,12 +201,15 @@ class Watch:
             return Look(figures, protocol=self.protocol)
         history = figures_by_step(read_log(self.folder / "log.jsonl"), protocol=self.protocol)
         now = standing(history | {step: figures}, self.rule)
-        if now is not None and now.step == step:
+        if now is None:
+            return Look(figures, protocol=self.protocol)
+        kept = now.step == step
+        if kept:
             self._keep(step, figures, now.score)
-        enough = now is not None and self.patience is not None and now.since >= self.patience
-        if enough and now is not None:
+        enough = self.patience is not None and now.since >= self.patience
+        if enough:
             log.info("%d previews in a row were no better than step %d: training ends here", now.since, now.step)
-        return Look(figures, enough, self.protocol)
+        return Look(figures, enough, self.protocol, kept)
 
     def _keep(self, step: int, figures: Mapping[str, float], score: float) -> None:
         told = {"step": step, "rule": self.rule, "score": round(score, 6), **figures}

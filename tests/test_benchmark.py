@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +34,13 @@ from delora_diffusion.config import (
     TrainingConfig,
     ValidationConfig,
 )
+from delora_diffusion.dial_plot import dial_plot
 from delora_diffusion.evaluation_config import BenchmarkConfig, MeasuringConfig
 from delora_diffusion.options import OptionError, build, read_yaml
 from delora_diffusion.prompts import DREAMBENCH_CLASSES, DREAMBENCH_LIVE
 from delora_diffusion.report import Figure, Row, read_report
 
-from . import tiny
+from . import tiny, tiny_families
 
 ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "samples" / "pocket"
@@ -130,7 +134,7 @@ def test_a_second_run_does_nothing_again(bench: Path, monkeypatch: pytest.Monkey
     before = {path: path.stat().st_mtime_ns for path in (bench / "out").rglob("*_*.png") if "sheet" not in path.name}
     rows = rows_of(bench)
     monkeypatch.setattr(module, "measure", lambda *_, **__: pytest.fail("measured again"))
-    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(module.subprocess, "Popen", lambda *_, **__: pytest.fail("trained again"))
     assert run(bench) == 0
     assert rows_of(bench) == rows
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 2 * (8 + 8) + 4
@@ -184,13 +188,55 @@ def test_an_interrupted_training_run_goes_on_from_its_checkpoint(bench: Path, tm
     assert (tmp_path / "see.seen").read_text() == "--resume_from_checkpoint latest"
 
 
+SLOW_TO_STOP = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[2]).parent / "adapter"
+signals = []
+signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
+folder.with_name("ready").touch()
+for _ in range(400):
+    if signals:
+        break
+    time.sleep(0.05)
+time.sleep(1.5)  # what is left of a step, and writing the checkpoint
+(folder / f"checkpoint-{len(signals)}").mkdir(parents=True)
+sys.exit(130)
+"""
+
+
+def test_ctrl_c_waits_for_the_checkpoint_of_the_training_run(bench: Path, tmp_path: Path) -> None:
+    (tmp_path / "stop.py").write_text(SLOW_TO_STOP)
+    ready = tmp_path / "out" / "dog" / "ready"
+
+    def press() -> None:
+        while not ready.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    user = threading.Thread(target=press, daemon=True)
+    user.start()
+    script = f"--train_script={tmp_path / 'stop.py'}"
+    try:
+        code = run(bench, f"--output_dir={tmp_path / 'out'}", script, "--only", "dog")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    user.join(10)
+    assert code == 130 and (ready.parent / "adapter" / "checkpoint-1").is_dir(), "told once, and waited for"
+
+
 def test_processes_share_the_images_and_say_the_same(bench: Path, tmp_path: Path) -> None:
+    told = yaml.safe_load((bench / "bench.yaml").read_text())
+    told.pop("device")  # that there is nothing but the CPU is found out
+    (tmp_path / "bench.yaml").write_text(yaml.safe_dump(told))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = ["-m", "delora_diffusion.cli", "benchmark", f"--config={bench / 'bench.yaml'}", "--strengths", "1",
+    command = ["-m", "delora_diffusion.cli", "benchmark", f"--config={tmp_path / 'bench.yaml'}", "--strengths", "1",
                "--only", "cat", "--no-plot", f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     job = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=240)
     assert job.returncode == 0, job.stderr
+    assert job.stderr.count("cat (1 of 1)") == 1, "one of the two speaks"
     alone, together = rows_of(bench), rows_of(tmp_path)
     for column, figure in together["cat", 1.0].figures.items():
         assert figure.value == pytest.approx(alone["cat", 1.0].figures[column].value, abs=2e-3)
@@ -207,8 +253,7 @@ def test_processes_share_the_subjects_each_trained_by_itself(
     tasks = plan_tasks(BenchmarkConfig(told["subjects"], train_config=told["train_config"], train_script=str(SCRIPT),
                                        output_dir=str(tmp_path)), "sks")  # fmt: skip
     seen = []
-    done = types.SimpleNamespace(returncode=0)
-    monkeypatch.setattr(module.subprocess, "run", lambda command, env: seen.append((command, env)) or done)
+    monkeypatch.setattr(module, "_run", lambda command, environment: seen.append((command, environment)) or 0)
     for place, name in enumerate(("cat", "dog")):
         state = types.SimpleNamespace(
             process_index=place, num_processes=2, local_process_index=place, device=torch.device("cuda")
@@ -218,6 +263,28 @@ def test_processes_share_the_subjects_each_trained_by_itself(
         assert len(seen) == place + 1 and str(tmp_path / name / "training.yaml") in command
         assert environment["CUDA_VISIBLE_DEVICES"] == "45"[place]
         assert "RANK" not in environment and "TORCHELASTIC_RUN_ID" not in environment
+
+
+def test_the_plot_is_likeness_over_drift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    drawn: list[tuple[list[float], list[float]]] = []
+    original = Axes.plot
+
+    def noted(self: Axes, x: list[float], y: list[float], *args: Any, **style: Any) -> Any:
+        drawn.append((x, y))
+        return original(self, x, y, *args, **style)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+
+    def dial(*figures: tuple[float, float]) -> list[Row]:
+        return [Row("x", float(number), 1, {"drift": Figure(drift, 0, 1, 1), "dino": Figure(likeness, 0, 1, 1)})
+                for number, (drift, likeness) in enumerate(figures)]  # fmt: skip
+
+    dial_plot(tmp_path / "plot.png", dial((0.0, 0.2), (0.1, 0.8)), {"dog": dial((0.0, 0.3), (0.2, 0.9))},
+              column="dino", reference=0.95)  # fmt: skip
+    assert drawn == [([0.0, 0.2], [0.3, 0.9]), ([0.0, 0.1], [0.2, 0.8])] and (tmp_path / "plot.png").is_file()
 
 
 def test_the_mean_is_over_subjects() -> None:
@@ -318,6 +385,52 @@ def test_the_benchmarks_of_the_repository_are_valid(path: Path, monkeypatch: pyt
     else:
         with pytest.raises((OptionError, ValueError), match="photos"):  # they are not part of the repository
             plan_tasks(config, measuring.trigger_token)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dreambench", "flux2_klein"])
+def test_the_benchmarks_that_need_real_weights_run_with_small_ones(
+    name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file as it is; its subjects' photos, the base and the encoders are others, and all is shorter."""
+    monkeypatch.chdir(tmp_path)
+    told = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    chosen = [subject for subject in told["subjects"] if subject in ("dog", "clock", "cat_plushy")]
+    for number, subject in enumerate(chosen):
+        for option in {"photos", "holdout"} & set(told["subjects"][subject]):
+            tiny.photos(Path(told["subjects"][subject][option]), 2, seed=number)
+            for photo in Path(told["subjects"][subject][option]).glob("*.png"):
+                photo.with_suffix(".txt").write_text(f"a {photo.stem} for a sks {subject}")
+    weights = base
+    if name == "flux2_klein":
+        weights = tmp_path / "weights"
+        tiny_families.BUILDERS["flux.2-klein"](tmp_path / "parts").save_pretrained(weights)
+        Path(told["unrelated_prompts_file"]).write_text("an astronaut riding a horse\n")
+    training = yaml.safe_load((ROOT / told["train_config"]).read_text())
+    training |= {"resolution": 64, "rank": 2, "max_train_steps": 1} | (
+        {"num_class_images": 1} if name != "flux2_klein" else {}
+    )
+    training.pop("mixed_precision")
+    Path("training.yaml").write_text(yaml.safe_dump(training))
+    short = [f"--pretrained_model_name_or_path={weights}", "--train_config=training.yaml", f"--train_script={SCRIPT}",
+             f"--dino={POCKET / 'vit'}", "--num_inference_steps=1", "--strengths=1", "--seeds", "0", "1",
+             "--height=64", "--width=64", "--dtype=fp32"]  # fmt: skip
+    clip = [f"--clip={POCKET / 'clip'}"] if "clip" in told else []
+    config = ["benchmark", f"--config={CONFIGS / name}.yaml", "--only", *chosen]
+    assert main([*config, *short, *clip]) == 0
+    rows, protocol = read_report(Path(told["output_dir"]) / "benchmark.json")
+    found = {row.name: row for row in rows if row.strength == 1}
+    assert set(found) == {"mean", *chosen} and all("drift" in row.figures for row in found.values())
+    if name == "dreambench":
+        assert found["dog"].images == found["clock"].images == 50 and "clip_t" in found["dog"].figures
+        assert "a sks dog wearing a santa hat" in protocol["subjects"]["dog"]["prompts"]
+        assert "a sks clock on top of a dirt road" in protocol["subjects"]["clock"]["prompts"]
+    else:
+        assert found["cat_plushy"].figures["dino_paired"].count == 4
+        adapted = read_adapter(str(Path(told["output_dir"]) / "cat_plushy" / "adapter"))
+        assert any(
+            "single_transformer_blocks.0.attn.to_qkv_mlp_proj" in layer for layer in adapted.tensors["transformer"]
+        )
 
 
 def test_the_dreambench_file_has_all_subjects_with_their_class_and_kind() -> None:

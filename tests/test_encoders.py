@@ -61,6 +61,10 @@ def test_a_dino_embedding_is_the_class_token_after_the_final_norm(tmp_path: Path
     with torch.no_grad():
         hidden = model(pixel_values=x).last_hidden_state
     assert torch.allclose(made, F.normalize(hidden[:, 0], dim=-1), atol=1e-6)
+    if kind != "vit":  # whose pooler is another layer
+        with torch.no_grad():
+            pooled = model(pixel_values=x).pooler_output
+        assert torch.allclose(made, F.normalize(pooled, dim=-1), atol=1e-6)
     norm = model.layernorm if hasattr(model, "layernorm") else model.norm
     seen = []
     norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -118,6 +122,11 @@ def test_clip_equals_transformers_own_scores(clip: ImageEncoder) -> None:
     scores = embed_images(clip, [photo]) @ embed_texts(clip, texts).T
     logits = clip.model.logit_scale.exp() * scores
     assert torch.allclose(logits, expected.logits_per_image, atol=1e-4)
+    with torch.inference_mode():
+        seen = clip.model.get_image_features(pixel_values=inputs.pixel_values).pooler_output
+        read = clip.model.get_text_features(inputs.input_ids, attention_mask=inputs.attention_mask).pooler_output
+    assert torch.allclose(embed_images(clip, [photo]), F.normalize(seen, dim=-1), atol=1e-5)
+    assert torch.allclose(embed_texts(clip, texts), F.normalize(read, dim=-1), atol=1e-5)
 
 
 def test_rows_are_unit_and_do_not_depend_on_the_batch(clip: ImageEncoder) -> None:

@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import diffusers
 import pytest
@@ -19,6 +20,7 @@ from delora_diffusion import DeloraConfig, inject_delora, save_delora_weights
 from delora_diffusion.cli import main
 from delora_diffusion.data import load_image
 from delora_diffusion.encoders import embed_images, embed_texts, load_encoder
+from delora_diffusion.metrics import bootstrap
 from delora_diffusion.pictures import Picture, batches_of
 from delora_diffusion.report import Figure, Row, comma_separated, markdown, mean_row, read_report
 
@@ -84,6 +86,7 @@ def test_a_folder_of_photos_is_measured_as_by_hand(tmp_path: Path, capsys: pytes
     shown = capsys.readouterr().out
     assert (tmp_path / "out" / "evaluation.md").read_text().splitlines()[0] in shown
     assert "class token of the last hidden state" in shown
+    assert "DINO and CLIP-I: mean cosine of every" in shown and "CLIP-T: mean cosine" in shown
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,11 @@ def test_an_adapter_is_drawn_and_measured_at_every_strength(drawn: tuple[Path, d
     assert rows["mine", 0.0].figures["drift"].value == pytest.approx(0, abs=1e-6)
     assert 0.001 < rows["mine", 0.5].figures["drift"].value < rows["mine", 1.0].figures["drift"].value
     assert protocol["prompts"] == ["sks dog", "red sks"] and protocol["unrelated prompts"] == ["a cat", "a cow"]
+    assert "\n* seeds: 0, 1\n" in (out / "evaluation.md").read_text()
     assert protocol["seeds"] == [0, 1] and protocol["drawing"]["num_inference_steps"] == "2"
+    assert protocol["drawing"]["guidance_scale"] == "the base's own"
+    assert protocol["drawing"]["negative_prompt"] == "none"
+    assert protocol["measured with"]["transformers"] == transformers.__version__
     with (out / "evaluation.csv").open() as file:
         table = list(csv.DictReader(file))
     assert float(table[3]["drift"]) == rows["mine", 1.0].figures["drift"].value
@@ -130,8 +137,11 @@ def test_the_measures_are_those_of_the_images_drawn(drawn: tuple[Path, dict[Any,
     figures = rows["mine", 1.0].figures
     said = embed_texts(clip, ["dog", "red"])
     shown = [embed_images(clip, opened("subject", strength=1.0, prompt=p)) for p in ("sks dog", "red sks")]
-    expected = torch.cat([images @ text for images, text in zip(shown, said, strict=True)]).mean()
-    assert figures["clip_t"].value == pytest.approx(float(expected), abs=1e-5)
+    scores = torch.cat([images @ text for images, text in zip(shown, said, strict=True)])
+    assert figures["clip_t"].value == pytest.approx(float(scores.mean()), abs=1e-5)
+    whole_prompts = bootstrap(scores, seed=0, groups=["sks dog", "sks dog", "red sks", "red sks"])
+    assert (figures["clip_t"].low, figures["clip_t"].high) == pytest.approx(whole_prompts, abs=1e-5)
+    assert whole_prompts != pytest.approx(bootstrap(scores, seed=0), abs=1e-3)
     base, adapted = (embed_images(vit, opened(f, strength=s)) for f, s in (("base", None), ("unrelated", 1.0)))
     assert figures["drift"].value == pytest.approx(float((1 - (base * adapted).sum(-1)).mean() / 2), abs=1e-5)
     pairs = [embed_images(vit, opened("subject", strength=1.0, prompt=p)) for p in ("sks dog", "red sks")]
@@ -189,6 +199,11 @@ def test_lpips_is_an_extra(tmp_path: Path, adapter: Path, monkeypatch: pytest.Mo
     evaluate(tmp_path / "none", *some, code=1)
     assert 'pip install "delora_diffusion[lpips]"' in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+    broken = types.SimpleNamespace(LPIPS=lambda net, verbose: (_ for _ in ()).throw(URLError("no network")))
+    monkeypatch.setitem(sys.modules, "lpips", broken)
+    evaluate(tmp_path / "none", *some, code=1)
+    assert "no network>. It needs a torchvision that fits torch" in capsys.readouterr().err
 
     class Network(torch.nn.Module):  # what lpips.LPIPS is given: one pair of (1, 3, h, w) in -1 .. 1
         def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -275,4 +290,6 @@ def test_the_mean_over_subjects_counts_each_once() -> None:
     assert figure.high - figure.value == pytest.approx(1.96 * 0.1)  # s = .1414, over sqrt(2)
     alone = mean_row("mean", rows[:1])
     assert "| 0.200 |" in markdown([alone])
+    nothing = Row("a", 1.0, 1, {"drift": Figure(-1e-9, -0.0004, 0.0006, 1)})
+    assert "| 0.000 [0.000, 0.001] |" in markdown([nothing])
     assert comma_separated(rows).splitlines()[1:] == ["a,1.0,100,0.2,0,1,100", "b,1.0,2,0.4,0,1,2"]

@@ -29,8 +29,10 @@ REQUIRED: dict[type, dict[str, Any]] = {
     SamplingConfig: {"prompts": ["a dog"], "adapter": ["out"]},
 }
 PRIOR = {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a dog"}
-MEASURED = {"validation_prompt": ["a dog"], "validation_clip": "clip"}
-NEED_FIGURES = (*MEASURED, "validation_dino", "validation_holdout_dir", "keep_best", "patience", "strength_sheet")
+MEASURED = {"validation_prompt": ["a sks dog"], "validation_clip": "clip"}
+NEED_FIGURES = (
+    "validation_clip", "validation_dino", "validation_holdout_dir", "keep_best", "patience", "strength_sheet"
+)  # fmt: skip
 FIELDS = [
     pytest.param(group, field, id=f"{group.__name__}.{field.name}")
     for group in (*TRAINING, *SAMPLING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import hashlib
 
 import pytest
 
@@ -17,6 +18,13 @@ def test_dreambench_has_30_subjects_and_25_prompts_of_each_kind() -> None:
         filled = [template.format("sks dog") for template in DREAMBENCH_PROMPTS[kind]]
         assert len(set(filled)) == 25 and all("sks dog" in prompt for prompt in filled)
     assert len(set(DREAMBENCH_PROMPTS["object"]) & set(DREAMBENCH_PROMPTS["live"])) == 15
+
+
+@pytest.mark.parametrize(("kind", "content"), [("object", "2c50c3d81ae2214a"), ("live", "ce2fc4b55cb3ef38")])
+def test_the_prompts_are_those_of_the_published_file(kind: str, content: str) -> None:
+    """`content` was computed from prompts_and_classes.txt itself, its prompts sorted, {0} {1} written as {}."""
+    told = "\n".join(sorted(DREAMBENCH_PROMPTS[kind]))
+    assert hashlib.sha256(told.encode()).hexdigest()[:16] == content
 
 
 @pytest.mark.parametrize(

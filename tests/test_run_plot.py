@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from delora_diffusion.run_plot import FILE, PREVIEWS, curves_of, plot_run
+from delora_diffusion.run_plot import FILE, PREVIEWS, curves_of, plot_run, told_once
 
 from .test_train import Run, fresh_accelerator, run
 
@@ -58,6 +58,27 @@ def test_the_picture_shows_curves_the_best_and_the_previews(tmp_path: Path) -> N
     magenta = (pictures["previews"] == (255, 0, 255)).all(-1)
     row = magenta[np.nonzero(magenta.any(1))[0].mean().astype(int)].astype(int)
     assert (np.diff(row) == 1).sum() == PREVIEWS, "spread over the run, not all twenty"
+
+
+def test_curves_that_are_the_same_are_drawn_once_under_their_names() -> None:
+    up, down = [(1, 0.0), (10, 1.0)], [(1, 1.0), (10, 0.0)]
+    assert told_once({"a": up, "b": down, "c": list(up)}) == {"a, c": tuple(up), "b": tuple(down)}
+    assert list(told_once({str(number): up for number in range(6)})) == ["0, 1, 4 more"]
+
+
+def test_the_best_and_what_the_photos_score_are_lines_at_their_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    drawn: list[tuple[str, float]] = []
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, **style: drawn.append((style["linestyle"], y)))
+    marked: list[float] = []
+    monkeypatch.setattr(Axes, "axvline", lambda self, x, **style: marked.append(x))
+    plot_run(written(tmp_path, LINES), best=10, photos={"dino": 0.9, "clip_t": 0.25, "clip_i": 0.8})
+    assert drawn == [(":", 0.9), (":", 0.25)], "CLIP-I was not measured on previews"
+    assert marked == [10] * 6, "in every panel"
 
 
 def test_a_run_without_any_line_has_no_picture(tmp_path: Path) -> None:

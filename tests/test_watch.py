@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
@@ -18,11 +20,21 @@ from delora_diffusion import watch as watch_module
 from delora_diffusion.adapter_file import FILE_NAME
 from delora_diffusion.config import ValidationConfig
 from delora_diffusion.encoders import EncoderError, embed_images, embed_texts, load_encoder
-from delora_diffusion.journal import Journal, Look, block_names, figures_by_step, read_log
+from delora_diffusion.journal import Journal, Look, block_names, figures_by_step, in_a_row, read_log
 from delora_diffusion.lora_names import LORA_FILE_NAME
 from delora_diffusion.options import OptionError
 from delora_diffusion.state import current_lambdas
-from delora_diffusion.watch import Standing, Watch, figures_of, load_gauge, protocol_of, read_best, score_of, standing
+from delora_diffusion.watch import (
+    Standing,
+    Watch,
+    figures_of,
+    figures_of_photos,
+    load_gauge,
+    protocol_of,
+    read_best,
+    score_of,
+    standing,
+)
 
 from .test_train import Run, fresh_accelerator, run, same, tensors
 
@@ -44,18 +56,20 @@ def picture(seed: int, size: int = 40) -> Image.Image:
 
 
 def test_figures_are_those_of_the_definitions() -> None:
-    """Likeness: mean of all cosines. Prompt following: each with its own prompt. Drift: (1 - cos) / 2, paired."""
-    images, prompts = [picture(0), picture(1), picture(2)], ["a sks dog on the beach", "a sks dog", "a cat"]
+    """Likeness: mean of all cosines. Prompt following: each with its own prompt. Drift: (1 - cos) / 2, paired. A
+    preview that does not ask for the subject is not measured."""
+    images, prompts = [picture(0), picture(1), picture(2)], ["a sks dog on the beach", "a cat", "a sks dog"]
     base, others = [picture(3), picture(4)], [picture(5), picture(4)]
     gauge = load_gauge(PHOTOS[:3], dino=str(VIT), clip=str(CLIP), token="sks")
     made = figures_of(gauge, images, prompts, unrelated=others, base=base)
     vit, clip = load_encoder(VIT, device="cpu"), load_encoder(CLIP, device="cpu")
     photos = [Image.open(path).convert("RGB") for path in PHOTOS[:3]]
-    g, r = embed_images(vit, images), embed_images(vit, photos)
-    x, y = embed_images(clip, images), embed_texts(clip, ["a dog on the beach", "a dog", "a cat"])
+    of_subject = [images[0], images[2]]
+    g, r = embed_images(vit, of_subject), embed_images(vit, photos)
+    x, y = embed_images(clip, of_subject), embed_texts(clip, ["a dog on the beach", "a dog"])
     b, a = embed_images(vit, base), embed_images(vit, others)
     assert made["dino"] == pytest.approx(np.mean([float(p @ q) for p in g for q in r]), abs=1e-5)
-    assert made["clip_t"] == pytest.approx(np.mean([float(x[i] @ y[i]) for i in range(3)]), abs=1e-5)
+    assert made["clip_t"] == pytest.approx(np.mean([float(x[i] @ y[i]) for i in range(2)]), abs=1e-5)
     assert made["drift"] == pytest.approx((1 - float(b[0] @ a[0])) / 4, abs=1e-5), "the second pair did not move"
     assert made["drift"] > 0.001 and set(made) == {"dino", "clip_i", "clip_t", "drift"}
 
@@ -70,6 +84,21 @@ def test_held_out_photos_and_single_encoders_have_figures_of_their_own(tmp_path:
     only_clip = load_gauge(PHOTOS, dino=None, clip=str(CLIP), token="sks")
     made = figures_of(only_clip, shown, ["a sks dog"], unrelated=[picture(0)], base=[picture(0)])
     assert set(made) == {"clip_i", "clip_t", "drift"} and made["drift"] == pytest.approx(0, abs=1e-6)
+
+
+def test_photos_score_against_one_another_against_the_held_out_and_with_their_captions(tmp_path: Path) -> None:
+    (tmp_path / "held.jpg").write_bytes(PHOTOS[3].read_bytes())
+    gauge = load_gauge(PHOTOS[:3], dino=str(VIT), clip=str(CLIP), holdout=str(tmp_path), token="sks")
+    made = figures_of_photos(gauge, ["a sks dog", "a sks dog on grass", "a dog"])
+    vit, clip = load_encoder(VIT, device="cpu"), load_encoder(CLIP, device="cpu")
+    opened = [Image.open(path).convert("RGB") for path in PHOTOS[:4]]
+    r, x, y = embed_images(vit, opened), embed_images(clip, opened), embed_texts(clip, ["a dog", "a dog on grass"])
+    assert made["dino"] == pytest.approx(np.mean([float(r[i] @ r[j]) for i, j in ((0, 1), (0, 2), (1, 2))]), abs=1e-5)
+    assert made["dino_holdout"] == pytest.approx(np.mean([float(r[i] @ r[3]) for i in range(3)]), abs=1e-5)
+    assert made["clip_t"] == pytest.approx(float(x[0] @ y[0] + x[1] @ y[1] + x[2] @ y[0]) / 3, abs=1e-5)
+    assert set(made) == {"dino", "dino_holdout", "clip_i", "clip_i_holdout", "clip_t"}
+    alone = load_gauge(PHOTOS[:1], dino=str(VIT), clip=None, token="sks")
+    assert figures_of_photos(alone, ["a sks dog"]) == {}
 
 
 def test_an_encoder_of_the_other_kind_is_refused() -> None:
@@ -132,6 +161,7 @@ def looks_of(
 def test_the_best_is_kept_and_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = looks_of(tmp_path, [0.9, 0.3, 0.5, 0.4, 0.5, 0.8], monkeypatch)
     assert [look.enough for look in looks] == [False, False, False, False, True]
+    assert [look.kept for look in looks] == [False, True, True, False, False]
     assert read_best(tmp_path) == {"step": 20, "rule": "fidelity", "score": 0.5, "dino": 0.5}
     assert (tmp_path / "best" / "adapter").read_text() == "20"
 
@@ -166,7 +196,7 @@ def test_the_protocol_is_of_prompts_encoders_and_photos_and_not_of_what_follows(
     same = named()
     assert named(patience=3, validation_dino="elsewhere", validation_steps=7) == same
     others = [
-        named(validation_prompt=["a"]), named(num_validation_images=1), named(validation_world_prompt=["a cow"]),
+        named(validation_prompt=["a sks"]), named(num_validation_images=1), named(validation_world_prompt=["a cow"]),
         named(validation_guidance_scale=1.0), named(clip=str(CLIP)), named(PHOTOS[2:3]),
     ]  # fmt: skip
     assert same not in others and len(set(others)) == len(others)
@@ -209,6 +239,10 @@ def test_lambda_is_told_at_the_strength_of_the_ramp() -> None:
     inject_delora(model, DeloraConfig(r=2, delora_lambda=2.0, target_modules="all-linear"))
     model[0].delora["default"].delora_weight.fill_(0.25)  # type: ignore[index, union-attr, operator]
     assert current_lambdas(model) == {"0": 0.5}
+
+
+def test_names_of_figures_in_a_row_have_no_commas_of_their_own() -> None:
+    assert in_a_row("dino_holdout") == "DINO held-out" and in_a_row("drift") == "drift"
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out_and_damage_before_it_is_not(tmp_path: Path) -> None:
@@ -290,6 +324,38 @@ def test_no_picture_is_drawn_twice(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert len(drawn) == looks * prompts + world + (looks - 1) * world + (prompts + world)
 
 
+def test_every_preview_is_told_in_a_line_and_is_not_counted_as_time_of_training(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = preview_module.draw_previews
+
+    def slow(*args: object, **settings: object) -> object:
+        time.sleep(3)
+        return original(*args, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(preview_module, "draw_previews", slow)
+    out = run("out", *WATCHED, "--validation_steps=1", "--max_train_steps=1", "--keep_best=fidelity")
+    (line,) = [line for line in read_log(out / "log.jsonl") if "loss" in line]
+    assert 0 < line["seconds_per_step"] < 2, "without the three seconds of the first preview"
+    told = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("step ")]
+    by_step = figures(out)
+    assert told == [
+        f"step {step}: DINO {by_step[step]['dino']:.3f}, CLIP-I {by_step[step]['clip_i']:.3f}, "
+        f"CLIP-T {by_step[step]['clip_t']:.3f}, drift {by_step[step]['drift']:.3f}{kept}"
+        for step, kept in ((0, ""), (1, "; the best yet, kept in best/"))
+    ]
+
+
+def test_prompts_of_previews_may_lie_in_a_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("# places\na sks dog\na sks cat\n")
+    out = run("out", f"--validation_prompt={tmp_path / 'prompts.txt'}", *ENCODERS, "--validation_world_prompt=a cow",
+              "--num_validation_images=1", "--max_train_steps=1")  # fmt: skip
+    assert sorted(path.name for path in (out / "previews" / "step_000001").iterdir()) == ["0_0.png", "1_0.png"]
+    assert yaml.safe_load((out / "config.yaml").read_text())["validation_prompt"] == ["a sks dog", "a sks cat"]
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    run("other", f"--validation_prompt={tmp_path / 'prompts.txt'}", *ENCODERS, code=1)
+
+
 def test_previews_are_drawn_without_dropout_and_training_goes_on_with_it(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +397,7 @@ def test_figures_reach_the_tracker(run: Run) -> None:
 
 
 # ---- refusals
+SHOWN: dict[str, object] = {"validation_dino": "x", "validation_prompt": ["a sks dog"]}
 
 
 @pytest.mark.parametrize(
@@ -340,9 +407,12 @@ def test_figures_reach_the_tracker(run: Run) -> None:
         ({"keep_best": "fidelity", "validation_holdout_dir": "x"}, "validation_holdout_dir and keep_best need"),
         ({"validation_dino": "x"}, "validation_dino look at the previews; give validation_prompt"),
         ({"strength_sheet": [1.0]}, "strength_sheet look at the previews"),
-        ({"validation_dino": "x", "validation_prompt": ["a"], "patience": 0}, "patience is 0; it must be at least 1"),
-        ({"validation_dino": "x", "validation_prompt": ["a"], "patience": 1, "keep_best": "none"}, "keep_best fid"),
-        ({"validation_dino": "x", "validation_prompt": ["a"], "validation_world_prompt": []}, "keep_best fidelity"),
+        ({**SHOWN, "patience": 0}, "patience is 0; it must be at least 1"),
+        ({**SHOWN, "patience": 1, "keep_best": "none"}, "keep_best fid"),
+        ({**SHOWN, "validation_world_prompt": []}, "keep_best fidelity"),
+        ({**SHOWN, "validation_prompt": ["a v1 dog"]}, "the rare word 'sks' .'a v1 dog', ..."),
+        ({**SHOWN, "trigger_token": ""}, "trigger_token is empty"),
+        ({**SHOWN, "validation_world_prompt": ["a cow", "a sks cow"]}, "'a sks cow' has the rare word"),
         ({"validation_prompt": ["a"], "strength_sheet": [0.0, 1.0]}, "not positive"),
     ],
 )

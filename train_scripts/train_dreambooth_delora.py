@@ -43,7 +43,7 @@ from delora_diffusion.seeds import derived_seed
 from delora_diffusion.strengths import SHEET, draw_strengths, strength_text
 from delora_diffusion.targets import ALL_LINEAR, PRESETS, DeloraConfig, DeloraConfigError, excluding
 from delora_diffusion.train import Interrupted, TrainingError, options_of, train
-from delora_diffusion.watch import Watch, load_gauge, protocol_of, read_best
+from delora_diffusion.watch import Watch, figures_of_photos, load_gauge, protocol_of, read_best
 
 GROUPS = (ModelConfig, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig)
 KNOWN_ERRORS = (OptionError, DataError, BaseModelError, EncoderError, DeloraConfigError, ObjectiveError, FamilyError,
@@ -70,7 +70,8 @@ def run(
     check_output(training)
     measuring = bool(validation.validation_dino or validation.validation_clip)
     world = read_prompts(validation.validation_world_prompt, option="validation_world_prompt") if measuring else []
-    validation = replace(validation, validation_world_prompt=world)
+    prompts = read_prompts(validation.validation_prompt, option="validation_prompt")
+    validation = replace(validation, validation_prompt=prompts, validation_world_prompt=world)
     gauge = load_gauge(
         [e.path for e in instances], dino=validation.validation_dino, clip=validation.validation_clip,
         holdout=validation.validation_holdout_dir, token=validation.trigger_token,
@@ -210,16 +211,23 @@ def run(
                     gauge=gauge, base=base_pictures, known=latest, size=data.resolution, seed=seed,
                 )  # fmt: skip
             text = strength_text(measured, sheet=SHEET)
+            if shown_text := strength_text(measured):
+                log.info("\n%s\n", shown_text)
+            log.info("strength sheet: %s", out / SHEET)
         best = read_best(out)
+        photos_score = figures_of_photos(gauge, [e.caption for e in instances]) if gauge else {}
         sheet = before_after(out / "previews", steps, validation,
                              [e.path for e in instances], out / "before_after.png")  # fmt: skip
-        pictures = [p for p in (sheet, plot_run(out, best=int(best["step"]) if best else None)) if p]
-        figures = _figures(out, best)
-        for told in filter(None, (figures, text)):
-            log.info("\n%s\n", told)
+        plot = plot_run(out, best=int(best["step"]) if best else None, photos=photos_score)
+        pictures = [p for p in (sheet, plot) if p]
+        figures = _figures(out, best, photos_score)
+        if figures:
+            log.info("\n%s\n", figures)
         write_card(out, base_model=model.pretrained_model_name_or_path, trigger=data.instance_prompt,
                    pipeline=type(pipe).__name__, options=options,
                    pictures=[p.name for p in pictures], figures=figures, strength=text)  # fmt: skip
+        if plot:
+            log.info("how it went: %s", plot)
         if sheet:
             log.info("before and after: %s", sheet)
         if training.push_to_hub:
@@ -228,8 +236,9 @@ def run(
     return out
 
 
-def _figures(out: Path, best: dict[str, Any] | None) -> str:
-    """What was measured before the first step, on the best adapter that was kept, and at the end; "" if nothing."""
+def _figures(out: Path, best: dict[str, Any] | None, photos: dict[str, float]) -> str:
+    """What was measured before the first step, on the best adapter that was kept, and at the end, beside what the
+    photos score; "" if nothing."""
     looks = figures_by_step(read_log(out / "log.jsonl"))
     if not looks:
         return ""
@@ -237,6 +246,8 @@ def _figures(out: Path, best: dict[str, Any] | None) -> str:
     rows = [("the base" if first == 0 else f"step {first}", looks[first]), (f"this adapter, step {last}", looks[last])]
     if best:
         rows.insert(1, (f"`best/`, step {best['step']}, kept by {best['rule']}", best))
+    if photos:
+        rows.append(("the photos themselves", photos))
     return figure_table(rows, of="previews")
 
 
