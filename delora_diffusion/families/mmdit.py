@@ -80,6 +80,7 @@ STABLE_DIFFUSION_3 = Family(
     predict=_predict_sd3,
     sampling=lambda pipe: {"guidance_scale": 4.5, "num_inference_steps": 28},
     patch=2,
+    optional=("text_encoder_3",),
     # what the text tokens become in the last block is thrown away; only their keys and values count
     dead={"transformer": (r"transformer_blocks\.{last}\.attn\.add_q_proj",)},
 )  # fmt: skip
