@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from .adapter_file import Adapter, read_adapter
 from .base import base_of, half_precision, load_base
-from .config import SCHEDULERS, DrawingConfig, ModelConfig, SamplingConfig
+from .config import DrawingConfig, ModelConfig, SamplingConfig
 from .data import read_prompts
-from .draw import draw, quiet
+from .draw import draw, quiet, set_sampler
 from .files import complete_file
 from .pipeline import load_delora_weights, set_adapters
 from .seeds import derived_seed
@@ -164,9 +164,7 @@ def _draw_missing(
     base = ModelConfig(planned.base, drawing.single_file_config, base_dtype=planned.precision)
     pipe = load_base(base, precision="no")
     if drawing.scheduler:
-        import diffusers
-
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[drawing.scheduler]).from_config(pipe.scheduler.config)
+        set_sampler(pipe, drawing.scheduler)
     for number, adapter in enumerate(planned.adapters):
         load_delora_weights(pipe, adapter, f"adapter_{number}")
     pipe.to(device)

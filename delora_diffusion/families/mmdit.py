@@ -79,6 +79,7 @@ STABLE_DIFFUSION_3 = Family(
     encode_negative=_negative_sd3,
     predict=_predict_sd3,
     sampling=lambda pipe: {"guidance_scale": 4.5, "num_inference_steps": 28},
+    flow_samplers=("euler", "heun", "dpm++", "unipc"),
     patch=2,
     optional=("text_encoder_3",),
     # what the text tokens become in the last block is thrown away; only their keys and values count
@@ -125,6 +126,7 @@ FLUX = Family(
         if pipe.transformer.config.guidance_embeds  # dev; schnell is made for four steps
         else {"guidance_scale": 0.0, "num_inference_steps": 4}
     ),
+    flow_samplers=("euler", "unipc"),
     patch=2,
 )  # fmt: skip
 
@@ -168,6 +170,7 @@ FLUX2 = Family(
         if pipe.config.get("is_distilled")
         else {"guidance_scale": 4.0, "num_inference_steps": 50}
     ),
+    flow_samplers=("euler", "dpm++", "unipc"),
     trains_text=False,
 )
 
@@ -213,6 +216,7 @@ QWEN_IMAGE = Family(
     predict=_predict_qwen,
     sampling=lambda pipe: {"guidance_scale": 4.0, "num_inference_steps": 50},
     guidance="true_cfg_scale",
+    flow_samplers=("euler", "unipc"),
     patch=2,
     trains_text=False,
     dead={
