@@ -28,7 +28,6 @@ from delora_diffusion.families import (
 )
 from delora_diffusion.inject import delora_adapters, inject_delora
 from delora_diffusion.latents import denormalise, normalise, posterior
-from delora_diffusion.pipeline import collect, load_delora_weights, unload_delora_weights
 from delora_diffusion.targets import ALL_LINEAR, DeloraConfig
 
 from .tiny_families import BUILDERS, build
@@ -395,34 +394,3 @@ def test_a_base_that_cannot_be_trained_as_asked_is_refused(tmp_path: Path) -> No
     pipe.vae = None
     with pytest.raises(FamilyError, match="the base has no vae; give a complete Lumina2Pipeline"):
         check_trainable(pipe, resolution=64, train_text_encoder=False)
-
-
-# ---- variants -------------------------------------------------------------------------------------
-
-
-def variants(pipe: Any) -> list[Any]:
-    """Pipelines of the related classes that can be made from the components of this one."""
-    made = []
-    for name in family_of(pipe).related:
-        arguments = list(inspect.signature(getattr(diffusers, name).__init__).parameters.values())[1:]
-        needed = {
-            a.name for a in arguments if a.default is a.empty and a.name not in ("safety_checker", "image_encoder")
-        }
-        if needed <= set(pipe.components) | {"feature_extractor"}:
-            have = pipe.components | {"safety_checker": None, "image_encoder": None, "feature_extractor": None}
-            made.append(getattr(diffusers, name)(**{a.name: have[a.name] for a in arguments if a.name in have}))
-    return made
-
-
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3.5", "flux.1-dev", "flux.2-klein", "qwen-image", "z-image"])
-def test_image_to_image_inpainting_and_edit_variants_load_the_adapters(kind: str, tmp_path: Path) -> None:
-    pipe = build(kind, tmp_path)
-    denoiser = family_of(pipe).denoiser
-    names = inject_delora(getattr(pipe, denoiser), DeloraConfig(r=2, init_weights="kaiming"))
-    adapter = collect({denoiser: getattr(pipe, denoiser)}, "default")
-    unload_delora_weights(pipe)
-    found = variants(pipe)
-    assert found and any("Img2Img" in type(p).__name__ or "Inpaint" in type(p).__name__ for p in found)
-    for variant in found:
-        assert load_delora_weights(variant, adapter).layers == {denoiser: len(names)}
-        unload_delora_weights(variant)

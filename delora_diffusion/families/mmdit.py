@@ -72,6 +72,7 @@ STABLE_DIFFUSION_3 = Family(
     related=(
         "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", "StableDiffusion3ControlNetPipeline",
         "StableDiffusion3ControlNetInpaintingPipeline", "StableDiffusion3PAGPipeline",
+        "StableDiffusion3PAGImg2ImgPipeline",
     ),
     denoiser="transformer",
     text_encoders=_SD3_ENCODERS,
@@ -114,7 +115,7 @@ FLUX = Family(
         "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxFillPipeline", "FluxKontextPipeline",
         "FluxKontextInpaintPipeline", "FluxControlPipeline", "FluxControlImg2ImgPipeline",
         "FluxControlInpaintPipeline", "FluxControlNetPipeline", "FluxControlNetImg2ImgPipeline",
-        "FluxControlNetInpaintPipeline",
+        "FluxControlNetInpaintPipeline", "VisualClozePipeline", "VisualClozeGenerationPipeline",
     ),
     denoiser="transformer",
     text_encoders=_FLUX_ENCODERS,
