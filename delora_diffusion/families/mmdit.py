@@ -91,8 +91,16 @@ STABLE_DIFFUSION_3 = Family(
 # ---- FLUX.1 ---------------------------------------------------------------------------------------
 
 
+def _flux_tokens(pipe: Any) -> int:
+    """Tokens of T5, padding included: dev was trained with 512, schnell, which hears no guidance, with 256."""
+    transformer = pipe.transformer
+    return 512 if transformer is None or transformer.config.guidance_embeds else 256
+
+
 def _encode_flux(pipe: Any, prompts: Sequence[str]) -> Conditioning:
-    embeds, pooled, _ = pipe.encode_prompt(list(prompts), device=encoder_device(pipe, _FLUX_ENCODERS))
+    embeds, pooled, _ = pipe.encode_prompt(
+        list(prompts), device=encoder_device(pipe, _FLUX_ENCODERS), max_sequence_length=_flux_tokens(pipe)
+    )
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
@@ -125,7 +133,7 @@ FLUX = Family(
     sampling=lambda pipe: (
         {"guidance_scale": 3.5, "num_inference_steps": 28}
         if pipe.transformer.config.guidance_embeds  # dev; schnell is made for four steps
-        else {"guidance_scale": 0.0, "num_inference_steps": 4}
+        else {"guidance_scale": 0.0, "num_inference_steps": 4, "max_sequence_length": _flux_tokens(pipe)}
     ),
     flow_samplers=("euler", "unipc"),
     patch=2,
