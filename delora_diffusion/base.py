@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .adapter_file import FILE_NAME, Adapter
+from .base_error import as_base_error
 from .checkpoint import checkpoints
 from .config import ModelConfig, TrainingConfig
 from .families import family_named
+from .layout import NOT_NEEDED, check_layout
 from .lora_names import LORA_FILE_NAME
 from .options import OptionError
+from .single_file import is_single_file, open_single_file, single_file_index
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 #: What a run makes of itself besides its adapter: gone with it when it is replaced.
 RESULTS = ("best", "before_after.png", "training.png", "strength_sheet.png", "strengths.json")
-_NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
-
-
-class BaseModelError(ValueError):
-    """A base model that cannot be loaded; the message says what was asked, what was found and what to do."""
 
 
 def load_base(model: ModelConfig, *, precision: str) -> Any:
@@ -35,32 +32,27 @@ def load_base(model: ModelConfig, *, precision: str) -> Any:
         precision: accelerate's mixed precision (no, bf16, fp16), which `base_dtype` "auto" follows.
 
     Raises:
-        BaseModelError: nothing there, or not a pipeline.
+        BaseModelError: nothing there, not a pipeline, or one without a component.
+        FamilyError: a pipeline of no supported family.
     """
     from diffusers import DiffusionPipeline
 
     path = model.pretrained_model_name_or_path
     dtype = DTYPE[precision if model.base_dtype == "auto" else model.base_dtype]
-    listed = _listed(path, model.revision)
-    with as_base_error(path):
-        unused = {name: None for name in _NOT_NEEDED if name in listed}
-        dtypes = {"default": dtype, "vae": torch.float32}
-        pipe = DiffusionPipeline.from_pretrained(
-            path, dtype=dtypes, revision=model.revision, variant=model.variant, **unused
-        )
+    if is_single_file(path):
+        pipe = open_single_file(path, model.single_file_config, dtype=dtype)
+    else:
+        listed = _listed(path, model.revision)
+        unused = dict.fromkeys([*check_layout(path, listed), *(name for name in NOT_NEEDED if name in listed)])
+        with as_base_error(path, model.revision):
+            dtypes = {"default": dtype, "vae": torch.float32}
+            pipe = DiffusionPipeline.from_pretrained(
+                path, dtype=dtypes, revision=model.revision, variant=model.variant, **unused
+            )
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
     return pipe
-
-
-@contextlib.contextmanager
-def as_base_error(path: str) -> Iterator[None]:
-    """What loading the base model `path` raises, as a BaseModelError that says what is missing."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise _cannot_load(path, error) from error
 
 
 def base_of(adapters: Sequence[Adapter], sources: Sequence[str], *, option: str) -> str:
@@ -75,44 +67,23 @@ def base_of(adapters: Sequence[Adapter], sources: Sequence[str], *, option: str)
     return bases.pop()
 
 
-def half_precision(path: str) -> str:
+def half_precision(path: str, single_file_config: str | None = None) -> str:
     """The half precision that the family of the base pipeline at `path` is drawn in: bf16 or fp16.
 
     Raises:
         BaseModelError, FamilyError: nothing there, or a pipeline of no supported family.
     """
-    return family_named(_listed(path, None)["_class_name"]).half
+    listed = single_file_index(path, single_file_config) if is_single_file(path) else _listed(path, None)
+    return family_named(listed["_class_name"]).half
 
 
 def _listed(path: str, revision: str | None) -> dict[str, Any]:
     """What model_index.json says: the pipeline's class, and its components."""
     from diffusers import DiffusionPipeline
 
-    with as_base_error(path):
+    with as_base_error(path, revision):
         listed: dict[str, Any] = DiffusionPipeline.load_config(path, revision=revision)
     return listed
-
-
-def _cannot_load(path: str, error: Exception) -> BaseModelError:
-    first = str(error).strip().splitlines()[0]
-    if Path(path).is_dir():
-        return BaseModelError(
-            f"cannot load the base model in {path}: {first} A base is a folder in diffusers' layout, with "
-            f"model_index.json, unet/ (or transformer/), vae/, text_encoder/, tokenizer/ and scheduler/"
-        )
-    if Path(path).is_file():
-        return BaseModelError(
-            f"{path} is a single file; a base is a folder in diffusers' layout: load the file with the pipeline's "
-            f"from_single_file in diffusers, and save_pretrained it"
-        )
-    if "gated" in str(error).lower():
-        return BaseModelError(
-            f"{path} is gated: accept its terms on https://huggingface.co/{path}, then log in with `hf auth login`"
-        )
-    return BaseModelError(
-        f"there is no base model {path}, neither as a folder nor on the Hub: {first} "
-        f"For a private one, log in with `hf auth login`"
-    )
 
 
 def quiet_libraries() -> None:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .adapter_file import AdapterFileError, read_adapter
-from .base import BaseModelError, quiet_libraries
+from .base import quiet_libraries
+from .base_error import BaseModelError
 from .benchmark import benchmark
 from .card import push_to_hub
 from .config import DrawingConfig, SamplingConfig

@@ -29,6 +29,11 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
 }
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+#: What the option `single_file_config` is, wherever there is a base.
+SINGLE_FILE_CONFIG = (
+    "for a base in one .safetensors file: folder or Hub id of a base of its kind, in diffusers' layout, for all but "
+    "the weights; unset: the Hub repository that diffusers knows"
+)
 #: How the best adapter of a run is chosen, see `watch.score_of`.
 KEEP_BEST = ("none", "fidelity", "balanced")
 
@@ -37,7 +42,10 @@ KEEP_BEST = ("none", "fidelity", "balanced")
 class ModelConfig:
     """The base model."""
 
-    pretrained_model_name_or_path: str = option("", "folder or Hub id of the base pipeline, in diffusers' layout")
+    pretrained_model_name_or_path: str = option(
+        "", "folder or Hub id of the base pipeline, in diffusers' layout, or one .safetensors file"
+    )
+    single_file_config: str | None = option(None, SINGLE_FILE_CONFIG)
     revision: str | None = option(None, "revision of the base on the Hub")
     variant: str | None = option(None, "variant of the base's weight files, e.g. fp16")
     base_dtype: str = option(
@@ -288,6 +296,7 @@ class ValidationConfig:
 class DrawingConfig:
     """How images are drawn."""
 
+    single_file_config: str | None = option(None, SINGLE_FILE_CONFIG)
     seeds: list[int] = option(
         [0], "seeds; the same seed gives the same image in any batch, on any number of processes"
     )

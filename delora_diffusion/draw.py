@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .families import Conditioning, family_of, placed, stack_conditioning
+from .config import SCHEDULERS
+from .families import Conditioning, FamilyError, family_of, placed, stack_conditioning
+from .objective import FlowMatching, objective_of
+
+#: The samplers of `config.SCHEDULERS` that there are for flow matching, and diffusers' classes.
+_FLOW_SCHEDULERS = {
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
 
 
 @torch.no_grad()
@@ -59,6 +69,30 @@ def draw(
     with _own_precision(pipe.vae):
         images: list[Image.Image] = pipe(**inputs, generator=generators).images
     return images
+
+
+def set_sampler(pipe: Any, name: str) -> None:
+    """Let a pipeline draw with another sampler, one of `config.SCHEDULERS`, on the noise schedule it has.
+
+    Raises:
+        FamilyError: a sampler that there is not for the pipeline's kind of model, or that its call does not take.
+    """
+    import diffusers
+
+    family, config = family_of(pipe), pipe.scheduler.config
+    if not isinstance(objective_of(pipe.scheduler), FlowMatching):
+        # what most bases do not say, and DDIM and DDPM else assume: latents are not pixels, and exceed 1
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(config, clip_sample=False)
+        return
+    if name not in family.flow_samplers:
+        raise FamilyError(
+            f"{type(pipe).__name__} does not draw with the sampler {name}; choose one of "
+            f"{', '.join(family.flow_samplers)}, or leave it out"
+        )
+    shift = config.get("shift") or config.get("flow_shift") or 1.0
+    told = {"shift": shift, "flow_shift": shift, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    known = inspect.signature(kind := getattr(diffusers, _FLOW_SCHEDULERS[name])).parameters
+    pipe.scheduler = kind.from_config(config, **{key: value for key, value in told.items() if key in known})
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import DTYPES
+from .config import DTYPES, SINGLE_FILE_CONFIG
 from .lora_names import ARCHITECTURES, FORMATS
 from .options import OptionError, at_least, option
 
@@ -81,6 +81,7 @@ class MergingConfig:
     base: str | None = option(
         None, "folder or Hub id of the base pipeline; unset: the one the adapters were trained on"
     )
+    single_file_config: str | None = option(None, SINGLE_FILE_CONFIG)
     revision: str | None = option(None, "revision of the base on the Hub")
     variant: str | None = option(None, "variant of the base's weight files, e.g. fp16")
     output: str = option("", "folder for the merged pipeline; it must not exist yet, or be empty")

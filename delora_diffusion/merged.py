@@ -21,13 +21,15 @@ from safetensors import safe_open
 from torch import nn
 
 from .adapter_file import read_adapter
-from .base import DTYPE, as_base_error, base_of
+from .base import DTYPE, base_of
+from .base_error import as_base_error
 from .file_config import MergingConfig
 from .files import complete_folder
 from .inject import delora_names
 from .merge import MergeReport, merge_delora
 from .options import OptionError
 from .pipeline import components, load_delora_weights, set_adapters
+from .single_file import is_single_file, open_single_file, single_file_dtype
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +82,10 @@ def _open(base: str, config: MergingConfig) -> tuple[Any, dict[str, torch.dtype]
     """The pipeline in the precision of its files, and that precision by component."""
     from diffusers import DiffusionPipeline
 
+    if is_single_file(base):
+        kept = single_file_dtype(base)
+        pipe = open_single_file(base, config.single_file_config, dtype=kept)
+        return pipe, dict.fromkeys(pipe.components, kept)
     where = {"revision": config.revision, "variant": config.variant}
     with as_base_error(base):
         folder = base if Path(base).is_dir() else DiffusionPipeline.download(base, **where)

@@ -59,7 +59,7 @@ class Diffusion:
     """Discrete diffusion. Everything is copied from the scheduler, which previews may then change.
 
     Attributes:
-        alphas_cumprod: (T,) abar_t in fp32, falling from about 1 to about 0.
+        alphas_cumprod: (T,) abar_t in fp32, falling from about 1 to about 0, or to 0 (zero terminal SNR).
         prediction_type: what the model predicts, one of `PREDICTIONS`.
         sampling: how timesteps are drawn.
     """
@@ -156,7 +156,15 @@ def objective_of(scheduler: Any, sampling: TimestepSampling | None = None) -> Ob
         raise ObjectiveError(f"{name} predicts {prediction!r}; can train {', '.join(PREDICTIONS)} and flow_prediction")
     if sampling.shift is not None:
         raise ObjectiveError(f"timestep_shift is for flow matching, and {name} is not; leave it out")
-    return Diffusion(scheduler.alphas_cumprod.detach().to("cpu", torch.float32).clone(), prediction, sampling)
+    alphas_cumprod = scheduler.alphas_cumprod.detach().to("cpu", torch.float32).clone()
+    if config.get("rescale_betas_zero_snr"):
+        alphas_cumprod[-1] = 0  # some samplers keep it just above, for a division of their own
+    if alphas_cumprod[-1] == 0 and prediction == "epsilon":
+        raise ObjectiveError(
+            f"the schedule of {name} ends in pure noise (rescale_betas_zero_snr), of which noise tells nothing: it is "
+            f"for bases with prediction_type v_prediction or sample, and this one's is epsilon"
+        )
+    return Diffusion(alphas_cumprod, prediction, sampling)
 
 
 def _shift_of(config: Any, given: float | None) -> Callable[[int], float]:

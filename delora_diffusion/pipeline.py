@@ -26,6 +26,7 @@ from .block_weights import Weight, component_weight, one_each
 from .delora import DeloraLayer
 from .families import family_of
 from .matching import assign
+from .single_file import is_single_file, open_single_file
 from .state import StateReport, delora_state_dict, load_delora_state_dict
 
 log = logging.getLogger(__name__)
@@ -283,21 +284,29 @@ def unload_delora_weights(pipe: Any) -> None:
 
 
 def load_pipeline(
-    base: str | Path, *adapters: str | Path, weights: float | Sequence[float] | None = None, **from_pretrained: Any
+    base: str | Path,
+    *adapters: str | Path,
+    weights: float | Sequence[float] | None = None,
+    single_file_config: str | None = None,
+    **from_pretrained: Any,
 ) -> Any:
     """A plain diffusers pipeline of `base` with adapters fused into it, ready to sample; prints what matched.
 
     Args:
-        base: folder or Hub id of the base pipeline.
+        base: folder or Hub id of the base pipeline, or a .safetensors file of it.
         adapters: what `load_delora_weights` takes.
         weights: one strength, or one for each adapter; 1 if None.
+        single_file_config: see `open_single_file`.
         from_pretrained: passed to `DiffusionPipeline.from_pretrained` (variant, dtype, ...); fp32 without a dtype.
     """
     from diffusers import DiffusionPipeline
 
     if "torch_dtype" not in from_pretrained:  # left alone, transformers 5 keeps fp16 files fp16 and diffusers does not
         from_pretrained = {"dtype": torch.float32, **from_pretrained}
-    pipe = DiffusionPipeline.from_pretrained(str(base), **from_pretrained)
+    if is_single_file(str(base)):
+        pipe = open_single_file(str(base), single_file_config, dtype=from_pretrained.get("dtype", torch.float32))
+    else:
+        pipe = DiffusionPipeline.from_pretrained(str(base), **from_pretrained)
     reports = [load_delora_weights(pipe, adapter) for adapter in adapters]
     set_adapters(pipe, [report.adapter_name for report in reports], 1.0 if weights is None else weights)
     for report in reports:

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from .adapter_file import Adapter, read_adapter
 from .base import base_of, half_precision, load_base
-from .config import SCHEDULERS, DrawingConfig, ModelConfig, SamplingConfig
+from .config import DrawingConfig, ModelConfig, SamplingConfig
 from .data import read_prompts
-from .draw import draw, quiet
+from .draw import draw, quiet, set_sampler
 from .files import complete_file
 from .pipeline import load_delora_weights, set_adapters
 from .seeds import derived_seed
@@ -111,12 +111,13 @@ def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
     base = config.pretrained_model_name_or_path or base_of(
         adapters, config.adapter, option="pretrained_model_name_or_path"
     )
-    precision = ("fp32" if cpu else half_precision(base)) if drawing.dtype == "auto" else drawing.dtype
+    half = "fp32" if cpu or drawing.dtype != "auto" else half_precision(base, drawing.single_file_config)
+    precision = half if drawing.dtype == "auto" else drawing.dtype
     shared = {
         "negative_prompt": drawing.negative_prompt, "base": base, "scheduler": drawing.scheduler, "dtype": precision,
         "num_inference_steps": drawing.num_inference_steps, "guidance_scale": drawing.guidance_scale,
         "height": drawing.height, "width": drawing.width,
-    }  # fmt: skip
+    } | ({"single_file_config": drawing.single_file_config} if drawing.single_file_config else {})  # fmt: skip
     hashes = [adapter_hash(adapter) for adapter in adapters]
     sources: list[int | None] = list(range(len(adapters))) or [None]
     prompts = read_prompts(config.prompts, config.prompts_file, option="prompts_file")
@@ -174,12 +175,10 @@ def _opened(path: Path, side: int) -> Image.Image:
 def _draw_missing(
     out: Path, drawing: DrawingConfig, missing: Sequence[Job], planned: Plan, device: Any, state: Any
 ) -> None:
-    base = ModelConfig(pretrained_model_name_or_path=planned.base, base_dtype=planned.precision)
+    base = ModelConfig(planned.base, drawing.single_file_config, base_dtype=planned.precision)
     pipe = load_base(base, precision="no")
     if drawing.scheduler:
-        import diffusers
-
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[drawing.scheduler]).from_config(pipe.scheduler.config)
+        set_sampler(pipe, drawing.scheduler)
     for number, adapter in enumerate(planned.adapters):
         load_delora_weights(pipe, adapter, f"adapter_{number}")
     pipe.to(device)

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 
-from delora_diffusion.draw import draw
+from delora_diffusion.config import SCHEDULERS
+from delora_diffusion.draw import draw, set_sampler
 from delora_diffusion.encode import Cache, cache_negative
 from delora_diffusion.families import FamilyError, family_of
+from delora_diffusion.objective import FlowMatching, objective_of
 
 from . import tiny
 from .test_families import PROMPTS, size_of
@@ -80,6 +83,39 @@ def test_guidance_and_steps_are_the_familys_usual_unless_given(tmp_path: Path) -
     usual, same_one, other = (draw(pipe, ["a"], [0], guidance_scale=g, **size)[0] for g in (None, 7.5, 2.0))
     assert np.array_equal(tiny.as_array(usual), tiny.as_array(same_one))
     assert not np.array_equal(tiny.as_array(usual), tiny.as_array(other))
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_every_sampler_comes_to_the_pictures_of_the_bases_own(kind: str, tmp_path: Path) -> None:
+    """With many steps, those without noise of their own; what a pipeline does not take is refused."""
+    pipe, (height, width) = build(kind, tmp_path), size_of(kind)
+    own, flow = pipe.scheduler, family_of(pipe).flow_samplers
+
+    def drawn() -> np.ndarray:
+        (image,) = draw(pipe, ["a dog"], [0], height=height, width=width, num_inference_steps=50)
+        return tiny.as_array(image)
+
+    theirs = drawn()
+    for name in SCHEDULERS:
+        pipe.scheduler = own
+        if isinstance(objective_of(own), FlowMatching) and name not in flow:
+            with pytest.raises(FamilyError) as refused:
+                set_sampler(pipe, name)
+            assert f"does not draw with the sampler {name}; choose one of {', '.join(flow)}," in str(refused.value)
+            continue
+        set_sampler(pipe, name)
+        assert type(objective_of(pipe.scheduler)) is type(objective_of(own))
+        off = np.abs(drawn() - theirs).mean() / theirs.std()
+        assert off < 0.25 or name in ("ddpm", "euler_a"), name
+        assert not pipe.scheduler.config.get("clip_sample"), "latents exceed 1"
+
+
+def test_another_familys_schedule_would_be_seen(tmp_path: Path) -> None:
+    pipe = build("sd3.5", tmp_path)
+    settings = {"height": 16, "width": 16, "num_inference_steps": 50}
+    theirs = tiny.as_array(draw(pipe, ["a dog"], [0], **settings)[0])
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert np.abs(tiny.as_array(draw(pipe, ["a dog"], [0], **settings)[0]) - theirs).mean() > 0.5 * theirs.std()
 
 
 @pytest.mark.parametrize("kind", ["sd", "flux.2-klein", "qwen-image", "sana"])

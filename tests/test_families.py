@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from delora_diffusion.families import (
 )
 from delora_diffusion.inject import delora_adapters, inject_delora
 from delora_diffusion.latents import denormalise, normalise, posterior
-from delora_diffusion.pipeline import collect, load_delora_weights, unload_delora_weights
 from delora_diffusion.targets import ALL_LINEAR, DeloraConfig
 
 from .tiny_families import BUILDERS, build
@@ -60,7 +60,8 @@ def as_images(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
 class Run:
     """A run of a real pipeline: what it gave to the denoiser, to `scheduler.step` and to the VAE, in order."""
 
-    def __init__(self, kind: str, pipe: Any, **settings: Any) -> None:
+    def __init__(self, kind: str, pipe: Any, prompts: Sequence[str] = PROMPTS, **settings: Any) -> None:
+        self.prompts = prompts
         self.kind, self.pipe, self.family = kind, pipe, family_of(pipe)
         self.height, self.width = size_of(kind)
         self.setting = Setting(self.height, self.width, GUIDANCE)
@@ -91,11 +92,12 @@ class Run:
             pipe.scheduler.scale_model_input = note_scaled
         pipe.scheduler.step, pipe.vae.decode = note_step, note_decoded
         chosen = {"num_inference_steps": 3} | {self.family.guidance: UNGUIDED.get(kind, 1.0)} | settings
-        extra = {k: v for k, v in self.family.sampling(pipe).items() if k == "use_resolution_binning"}
+        usual = self.family.sampling(pipe).items()
+        extra = {k: v for k, v in usual if k not in ("guidance_scale", "num_inference_steps")}
         try:
             generator = torch.Generator().manual_seed(0)
             self.images_drawn = pipe(
-                prompt=list(PROMPTS), generator=generator, height=self.height, width=self.width, output_type="pt",
+                prompt=list(self.prompts), generator=generator, height=self.height, width=self.width, output_type="pt",
                 **extra, **chosen,
             ).images  # fmt: skip
         finally:
@@ -106,7 +108,7 @@ class Run:
     @functools.cached_property
     def cond(self) -> Conditioning:
         with torch.no_grad():
-            return self.family.encode_prompt(self.pipe, PROMPTS)
+            return self.family.encode_prompt(self.pipe, self.prompts)
 
     def images(self, latents: Tensor) -> Tensor:
         return as_images(self.pipe, latents, self.height, self.width)
@@ -353,6 +355,34 @@ def test_stacked_conditionings_are_the_conditioning_of_the_batch(run: Run) -> No
     assert same(stacked, run.cond)
 
 
+#: Tokens of a prompt that has more than any model reads: what the pipelines' authors chose.
+LONGEST = {
+    "sd": 16, "sdxl": 16, "sd3.5": 16 + 256, "flux.1-dev": 512, "flux.1-schnell": 256, "flux.2-dev": 512,
+    "flux.2-klein": 512, "pixart-alpha": 120, "pixart-sigma": 300, "sana": 300, "lumina2": 256, "qwen-image": 512,
+    "z-image": 512,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_a_long_prompt_is_cut_where_the_pipeline_cuts_it(kind: str, tmp_path: Path) -> None:
+    """Next to a short one, whose padding is masked, or not, as there."""
+    run = Run(kind, build(kind, tmp_path), ["word " * 300, "a dog"], num_inference_steps=2)
+    embeds: Any = run.cond["prompt_embeds"]
+    assert len(embeds[0]) == LONGEST[kind], "tokens"
+    heard: list[dict[str, Any]] = []
+    handle = run.denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: heard.append(said(module, args, kwargs)), with_kwargs=True
+    )
+    try:
+        run.predicted(run.steps[0])
+    finally:
+        handle.remove()
+    (ours,), theirs = heard, run.steps[0]["said"]
+    time = {"t", "timestep"}
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in theirs.keys() - time if not same(ours[name], theirs[name])]
+
+
 # ---- which pipeline is of which family ------------------------------------------------------------
 
 
@@ -395,34 +425,3 @@ def test_a_base_that_cannot_be_trained_as_asked_is_refused(tmp_path: Path) -> No
     pipe.vae = None
     with pytest.raises(FamilyError, match="the base has no vae; give a complete Lumina2Pipeline"):
         check_trainable(pipe, resolution=64, train_text_encoder=False)
-
-
-# ---- variants -------------------------------------------------------------------------------------
-
-
-def variants(pipe: Any) -> list[Any]:
-    """Pipelines of the related classes that can be made from the components of this one."""
-    made = []
-    for name in family_of(pipe).related:
-        arguments = list(inspect.signature(getattr(diffusers, name).__init__).parameters.values())[1:]
-        needed = {
-            a.name for a in arguments if a.default is a.empty and a.name not in ("safety_checker", "image_encoder")
-        }
-        if needed <= set(pipe.components) | {"feature_extractor"}:
-            have = pipe.components | {"safety_checker": None, "image_encoder": None, "feature_extractor": None}
-            made.append(getattr(diffusers, name)(**{a.name: have[a.name] for a in arguments if a.name in have}))
-    return made
-
-
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3.5", "flux.1-dev", "flux.2-klein", "qwen-image", "z-image"])
-def test_image_to_image_inpainting_and_edit_variants_load_the_adapters(kind: str, tmp_path: Path) -> None:
-    pipe = build(kind, tmp_path)
-    denoiser = family_of(pipe).denoiser
-    names = inject_delora(getattr(pipe, denoiser), DeloraConfig(r=2, init_weights="kaiming"))
-    adapter = collect({denoiser: getattr(pipe, denoiser)}, "default")
-    unload_delora_weights(pipe)
-    found = variants(pipe)
-    assert found and any("Img2Img" in type(p).__name__ or "Inpaint" in type(p).__name__ for p in found)
-    for variant in found:
-        assert load_delora_weights(variant, adapter).layers == {denoiser: len(names)}
-        unload_delora_weights(variant)

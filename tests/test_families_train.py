@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from .tiny_families import BUILDERS, build
 
 USUAL = {"sdxl", "sd3.5", "flux.1-dev"}  # Stable Diffusion itself is in test_train.py and test_sample.py
 RARER = [pytest.param(kind, marks=pytest.mark.slow) for kind in BUILDERS if kind not in USUAL]
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_scripts" / "train_dreambooth_delora.py"
 SIDE = {"lumina2": 64, "sana": 32}
 
 
@@ -36,14 +41,24 @@ def fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
-def train(base: Path, photos: Path, out: Path, side: int, *extra: str, code: int = 0) -> Path:
+def train(
+    base: Path, photos: Path, out: Path, side: int, *extra: str, code: int = 0, launched: bool = False
+) -> Path:
+    """Run the script, in this process or as users do."""
     AcceleratorState._reset_state(True)
     options = {
         "pretrained_model_name_or_path": base, "instance_data_dir": photos, "instance_prompt": "a sks dog",
         "resolution": side, "rank": 2, "output_dir": out, "max_train_steps": 4, "validation_num_inference_steps": 2,
         "num_validation_images": 1, "checkpointing_steps": 2, "learning_rate": 0.01,
     }  # fmt: skip
-    assert load_script().main([*(f"--{key}={value}" for key, value in options.items()), *extra]) == code
+    arguments = [*(f"--{key}={value}" for key, value in options.items()), *extra]
+    if launched:
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        job = subprocess.run([*launch, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
+        assert job.returncode == code, job.stderr
+    else:
+        assert load_script().main(arguments) == code
     return out
 
 
@@ -54,7 +69,7 @@ def test_a_family_trains_resumes_loads_and_samples(kind: str, photos: Path, tmp_
     text = ["--train_text_encoder"] if kind in USUAL else []
     options = [*text, "--gradient_checkpointing", "--validation_prompt=a sks dog on snow"]
 
-    straight = train(base, photos, tmp_path / "straight", side, *options)
+    straight = train(base, photos, tmp_path / "straight", side, *options, launched=True)
     resumed = tmp_path / "resumed"
     shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
     train(base, photos, resumed, side, *options, "--resume_from_checkpoint=latest")

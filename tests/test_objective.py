@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -17,6 +18,7 @@ from diffusers import (
 )
 from diffusers.training_utils import compute_snr
 
+from delora_diffusion.config import SCHEDULERS
 from delora_diffusion.objective import (
     PREDICTIONS,
     Diffusion,
@@ -64,6 +66,38 @@ def test_a_multistep_solver_recovers_x_0_as_well(prediction_type: str) -> None:
         t = scheduler.timesteps[index : index + 1]
         x_t, target = objective_of(scheduler).noised(latents, noise, t)
         assert torch.allclose(scheduler.convert_model_output(target, sample=x_t), latents, atol=1e-3)
+
+
+#: What some samplers do not know, by diffusers' own word.
+UNKNOWN_THERE = {("PNDMScheduler", "sample"), ("EulerAncestralDiscreteScheduler", "sample")}
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize(
+    "name", [*SCHEDULERS.values(), "LCMScheduler", "DPMSolverSinglestepScheduler"],
+)  # fmt: skip
+def test_every_sampler_that_is_fed_the_target_ends_at_x_0(name: str, prediction_type: str) -> None:
+    """From any noise, and with new noise on the way where the sampler adds some."""
+    one = {"set_alpha_to_one": True} if name in ("PNDMScheduler", "DDIMScheduler") else {}
+    spacing = {} if name in ("LCMScheduler", "DPMSolverSinglestepScheduler") else {"timestep_spacing": "trailing"}
+    scheduler: Any = getattr(diffusers, name)(**SD15, prediction_type=prediction_type, **one, **spacing)
+    scheduler.register_to_config(clip_sample=False)
+    scheduler.set_timesteps(10)
+    objective, (latents, sample, _) = objective_of(scheduler), batch(2)
+    sample = sample * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        assert t == t.long(), "a step of the schedule"
+        x_t, level = scheduler.scale_model_input(sample, t), t.long().expand(2)
+        signal = objective.noised(torch.ones_like(latents), torch.zeros_like(latents), level)[0]
+        sigma = objective.noised(torch.zeros_like(latents), torch.ones_like(latents), level)[0]
+        _, target = objective.noised(latents, (x_t - signal * latents) / sigma, level)
+        if (name, prediction_type) in UNKNOWN_THERE:
+            with pytest.raises((NotImplementedError, ValueError), match="prediction_type"):
+                scheduler.step(target, t, sample)
+            return
+        sample = scheduler.step(target, t, sample, return_dict=False)[0]
+    averaged = (name, prediction_type) == ("PNDMScheduler", "v_prediction")  # over steps, exact for noise only
+    assert torch.allclose(sample, latents, atol=0.1 if averaged else 2e-3)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
@@ -157,18 +191,31 @@ def test_the_weighted_loss_does_not_depend_on_what_is_predicted() -> None:
 # ---- zero terminal SNR ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
-def test_a_zero_terminal_snr_schedule_stays_finite(prediction_type: str) -> None:
-    scheduler = ddim(prediction_type, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_a_zero_terminal_snr_schedule_ends_in_pure_noise(kind: type, prediction_type: str) -> None:
+    """Also where the sampler's own copy stops just short of it."""
+    scheduler: Any = kind(**SD15, prediction_type=prediction_type, rescale_betas_zero_snr=True)
     objective, (latents, noise, _) = objective_of(scheduler), batch()
-    assert objective.alphas_cumprod[-1] == 0
+    assert objective.alphas_cumprod[-1] == 0 and (objective.alphas_cumprod.diff() < 0).all()
     x_t, target = objective.noised(latents, noise, torch.full((len(latents),), 999))
-    assert torch.equal(x_t, noise), "pure noise"
-    assert torch.equal(target, {"epsilon": noise, "v_prediction": -latents, "sample": latents}[prediction_type])
-    assert objective.snr_weight(torch.arange(1000), 5.0).isfinite().all()
-    if prediction_type == "v_prediction":  # the only one from which x_0 can be had at the last step
-        scheduler.set_timesteps(10)
-        assert torch.allclose(scheduler.step(target, 999, x_t).pred_original_sample, latents, atol=1e-5)
+    assert torch.equal(x_t, noise)
+    assert torch.equal(target, {"v_prediction": -latents, "sample": latents}[prediction_type])
+    weights = objective.snr_weight(torch.arange(1000), 5.0)
+    assert weights.isfinite().all() and weights[-1] == 0 and (weights[:-1] > 0).all()
+
+
+def test_from_a_zero_terminal_snr_schedule_x_0_is_recovered_at_the_last_step() -> None:
+    scheduler = ddim("v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    latents, noise, t = batch()
+    x_t, target = objective_of(scheduler).noised(latents, noise, torch.full_like(t, 999))
+    scheduler.set_timesteps(10)
+    assert torch.allclose(scheduler.step(target, 999, x_t).pred_original_sample, latents, atol=1e-5)
+
+
+def test_noise_is_not_to_be_predicted_where_there_is_nothing_else() -> None:
+    with pytest.raises(ObjectiveError, match=r"in pure noise \(rescale_betas_zero_snr\)"):
+        objective_of(ddim("epsilon", rescale_betas_zero_snr=True))
 
 
 # ---- what cannot be trained with ------------------------------------------------------------------

@@ -157,7 +157,7 @@ def test_refuses_options(
     ("arguments", "message"),
     [
         (("--adapter=nothing/here",), "there is no"),
-        (("--pretrained_model_name_or_path=no/base",), "there is no base model no/base"),
+        (("--pretrained_model_name_or_path=no/base",), "no/base is neither a folder nor among the models downloaded"),
         (("--pretrained_model_name_or_path=no/base", "--prompts_file=none.txt"), "cannot read prompts_file"),
     ],
 )

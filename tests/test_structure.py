@@ -14,9 +14,9 @@ import delora_diffusion
 PACKAGE = Path(delora_diffusion.__file__).parent
 LEVELS = (
     ("targets", "delora", "options", "objective", "families", "latents", "files", "sheet", "seeds", "encoders",
-     "metrics", "prompts"),
-    ("buckets", "lowrank", "lora_names", "tensor_file", "block_weights", "architectures"),
-    ("inject", "config", "report", "peft_format", "spectrum", "lora_header"),
+     "metrics", "prompts", "base_error"),
+    ("buckets", "layout", "lowrank", "lora_names", "tensor_file", "block_weights", "architectures"),
+    ("single_file", "inject", "config", "report", "peft_format", "spectrum", "lora_header"),
     ("merge", "state", "data", "evaluation_config", "file_config", "dial_plot", "adapter_file"),
     ("encode", "checkpoint", "optimizer", "journal", "pictures", "matching", "inspection"),
     ("pipeline", "batches", "base", "draw", "measure", "watch", "inspection_plot", "run_plot"),

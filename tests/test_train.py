@@ -305,7 +305,7 @@ def test_missing_class_images_are_drawn_once(run: Run, tmp_path: Path) -> None:
     [
         (("--instance_data_dir=nowhere",), "nowhere does not exist"),
         (("--target_modules=to_x",), "matched none of the layers"),
-        (("--pretrained_model_name_or_path=no/such",), "there is no base model no/such"),
+        (("--pretrained_model_name_or_path=no/such",), "no/such is neither a folder nor among the models downloaded"),
         (("--resume_from_checkpoint=checkpoint-7",), "no checkpoint checkpoint-7"),
         (("--init_weights=paired", "--rank=3"), "even rank"),
         (("--optimizer=prodigy",), "delora_diffusion[prodigy]"),

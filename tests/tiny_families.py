@@ -81,12 +81,12 @@ def sdxl(folder: Path) -> Any:
     unet = d.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32, attention_head_dim=2, norm_num_groups=4, addition_embed_type="text_time",
-        addition_time_embed_dim=4, projection_class_embeddings_input_dim=16 + 6 * 4, use_linear_projection=True,
+        cross_attention_dim=40, attention_head_dim=2, norm_num_groups=4, addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=24 + 6 * 4, use_linear_projection=True,
         transformer_layers_per_block=(1, 2),
     )  # fmt: skip
     return d.StableDiffusionXLPipeline(
-        kl(), clip(tokens), clip(tokens, projected=True), tokens, tokens, unet,
+        kl(), clip(tokens), clip(tokens, 24, projected=True), tokens, tokens, unet,
         d.EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
                                  timestep_spacing="leading"),
         add_watermarker=False,

@@ -20,7 +20,8 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from delora_diffusion.base import BaseModelError, check_output, clear_output, load_base, quiet_libraries
+from delora_diffusion.base import check_output, clear_output, load_base, quiet_libraries
+from delora_diffusion.base_error import BaseModelError
 from delora_diffusion.batches import Examples
 from delora_diffusion.buckets import bucket_sizes
 from delora_diffusion.card import figure_table, push_to_hub, write_card

@@ -83,6 +83,7 @@ SANA = Family(
     encode_negative=_negative_masked,
     predict=_predict_sana,
     sampling=_sampling_binned,
+    flow_samplers=("euler", "heun", "dpm++", "unipc"),
     trains_text=False,
 )
 
@@ -109,6 +110,7 @@ LUMINA2 = Family(
     encode_negative=_negative_masked,
     predict=_predict_lumina2,
     sampling=lambda pipe: {"guidance_scale": 4.0, "num_inference_steps": 30},
+    flow_samplers=("euler", "unipc"),
     patch=2,
     trains_text=False,
 )

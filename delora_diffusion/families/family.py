@@ -57,6 +57,8 @@ class Family:
         patch: side of the square of latents that makes one token.
         half: the half precision in which its pictures are drawn on a GPU.
         trains_text: whether the text encoders can be adapted.
+        flow_samplers: with flow matching, short names of the samplers that its pipelines can draw with.
+        optional: those of the text encoders that the pipeline can do without.
         dead: for a component, regexes of Linear layers without influence on the prediction ({last}: the last block).
     """
 
@@ -73,6 +75,8 @@ class Family:
     patch: int = 1
     half: str = "bf16"
     trains_text: bool = True
+    flow_samplers: tuple[str, ...] = ("euler",)
+    optional: tuple[str, ...] = ()
     dead: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def components(self) -> tuple[str, ...]:

@@ -72,6 +72,7 @@ STABLE_DIFFUSION_3 = Family(
     related=(
         "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", "StableDiffusion3ControlNetPipeline",
         "StableDiffusion3ControlNetInpaintingPipeline", "StableDiffusion3PAGPipeline",
+        "StableDiffusion3PAGImg2ImgPipeline",
     ),
     denoiser="transformer",
     text_encoders=_SD3_ENCODERS,
@@ -79,7 +80,9 @@ STABLE_DIFFUSION_3 = Family(
     encode_negative=_negative_sd3,
     predict=_predict_sd3,
     sampling=lambda pipe: {"guidance_scale": 4.5, "num_inference_steps": 28},
+    flow_samplers=("euler", "heun", "dpm++", "unipc"),
     patch=2,
+    optional=("text_encoder_3",),
     # what the text tokens become in the last block is thrown away; only their keys and values count
     dead={"transformer": (r"transformer_blocks\.{last}\.attn\.add_q_proj",)},
 )  # fmt: skip
@@ -88,8 +91,16 @@ STABLE_DIFFUSION_3 = Family(
 # ---- FLUX.1 ---------------------------------------------------------------------------------------
 
 
+def _flux_tokens(pipe: Any) -> int:
+    """Tokens of T5, padding included: dev was trained with 512, schnell, which hears no guidance, with 256."""
+    transformer = pipe.transformer
+    return 512 if transformer is None or transformer.config.guidance_embeds else 256
+
+
 def _encode_flux(pipe: Any, prompts: Sequence[str]) -> Conditioning:
-    embeds, pooled, _ = pipe.encode_prompt(list(prompts), device=encoder_device(pipe, _FLUX_ENCODERS))
+    embeds, pooled, _ = pipe.encode_prompt(
+        list(prompts), device=encoder_device(pipe, _FLUX_ENCODERS), max_sequence_length=_flux_tokens(pipe)
+    )
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
@@ -112,7 +123,7 @@ FLUX = Family(
         "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxFillPipeline", "FluxKontextPipeline",
         "FluxKontextInpaintPipeline", "FluxControlPipeline", "FluxControlImg2ImgPipeline",
         "FluxControlInpaintPipeline", "FluxControlNetPipeline", "FluxControlNetImg2ImgPipeline",
-        "FluxControlNetInpaintPipeline",
+        "FluxControlNetInpaintPipeline", "VisualClozePipeline", "VisualClozeGenerationPipeline",
     ),
     denoiser="transformer",
     text_encoders=_FLUX_ENCODERS,
@@ -122,8 +133,9 @@ FLUX = Family(
     sampling=lambda pipe: (
         {"guidance_scale": 3.5, "num_inference_steps": 28}
         if pipe.transformer.config.guidance_embeds  # dev; schnell is made for four steps
-        else {"guidance_scale": 0.0, "num_inference_steps": 4}
+        else {"guidance_scale": 0.0, "num_inference_steps": 4, "max_sequence_length": _flux_tokens(pipe)}
     ),
+    flow_samplers=("euler", "unipc"),
     patch=2,
 )  # fmt: skip
 
@@ -167,6 +179,7 @@ FLUX2 = Family(
         if pipe.config.get("is_distilled")
         else {"guidance_scale": 4.0, "num_inference_steps": 50}
     ),
+    flow_samplers=("euler", "dpm++", "unipc"),
     trains_text=False,
 )
 
@@ -212,6 +225,7 @@ QWEN_IMAGE = Family(
     predict=_predict_qwen,
     sampling=lambda pipe: {"guidance_scale": 4.0, "num_inference_steps": 50},
     guidance="true_cfg_scale",
+    flow_samplers=("euler", "unipc"),
     patch=2,
     trains_text=False,
     dead={
