@@ -2,7 +2,8 @@
 
     accelerate launch train_scripts/train_dreambooth_delora.py --config my_dog.yaml
 
-All options: `--help`. A YAML file gives the same options by the same names; the command line overrides it.
+All options: `--help`. YAML files give the same options by the same names: a later file overrides an earlier one, the
+command line all of them, so that `--config my_dog.yaml train_scripts/configs/memory_12gb.yaml` adds what a card needs.
 """
 
 from __future__ import annotations
