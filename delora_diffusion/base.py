@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ class BaseModelError(ValueError):
     """A base model that cannot be loaded; the message says what was asked, what was found and what to do."""
 
 
-def load_base(model: ModelConfig, *, precision: str) -> Any:
+def load_base(model: ModelConfig, *, precision: str, given: Mapping[str, Any] | None = None) -> Any:
     """The base pipeline on the CPU, without parts that training does not need; the VAE is always fp32.
 
     Args:
         precision: accelerate's mixed precision (no, bf16, fp16), which `base_dtype` "auto" follows.
+        given: components that are not read: those in memory already, an `outline`, or None for one to leave out. A
+            pipeline that is read in stages equals the one that is read at once.
 
     Raises:
         BaseModelError: nothing there, or not a pipeline.
@@ -40,18 +43,52 @@ def load_base(model: ModelConfig, *, precision: str) -> Any:
     from diffusers import DiffusionPipeline
 
     path = model.pretrained_model_name_or_path
-    dtype = DTYPE[precision if model.base_dtype == "auto" else model.base_dtype]
-    listed = _listed(path, model.revision)
+    listed = listed_in(model)
     with as_base_error(path):
-        unused = {name: None for name in _NOT_NEEDED if name in listed}
-        dtypes = {"default": dtype, "vae": torch.float32}
+        unused = {name: None for name, part in listed.items() if name in _NOT_NEEDED or part == [None, None]}
+        dtypes = {"default": base_dtype(model, precision=precision), "vae": torch.float32}
         pipe = DiffusionPipeline.from_pretrained(
-            path, dtype=dtypes, revision=model.revision, variant=model.variant, **unused
+            path, dtype=dtypes, revision=model.revision, variant=model.variant, **(unused | dict(given or {}))
         )
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
     return pipe
+
+
+def base_dtype(model: ModelConfig, *, precision: str) -> torch.dtype:
+    """The precision of the frozen weights, but for the VAE's."""
+    return DTYPE[precision if model.base_dtype == "auto" else model.base_dtype]
+
+
+def outline(model: ModelConfig, name: str) -> torch.nn.Module:
+    """A component of the base by its config.json alone: every layer is there, on the meta device, without weights.
+
+    Raises:
+        BaseModelError: the base has no such component, or its config.json cannot be read.
+    """
+    path = model.pretrained_model_name_or_path
+    library, kind = listed_in(model).get(name) or (None, None)
+    place = {"subfolder": name, "revision": model.revision}
+    with as_base_error(path), torch.device("meta"):
+        if library is None or kind is None:
+            raise ValueError(f"model_index.json lists no {name}.")
+        cls = getattr(importlib.import_module(library), kind)
+        made: torch.nn.Module
+        if library == "diffusers":
+            made = cls.from_config(cls.load_config(path, **place))
+        else:
+            made = cls(cls.config_class.from_pretrained(path, **place))
+    return made.requires_grad_(False)
+
+
+def listed_in(model: ModelConfig) -> dict[str, Any]:
+    """What the base's model_index.json says: the pipeline's class, and its components.
+
+    Raises:
+        BaseModelError: there is none.
+    """
+    return _listed(model.pretrained_model_name_or_path, model.revision)
 
 
 @contextlib.contextmanager

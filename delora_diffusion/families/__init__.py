@@ -5,6 +5,7 @@ To add one: a `Family` value in `FAMILIES`, a `predict` of a few lines, and a ti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .dit import LUMINA2, PIXART, SANA, Z_IMAGE
@@ -27,6 +28,7 @@ __all__ = [
     "Family",
     "FamilyError",
     "Setting",
+    "check_resolution",
     "check_trainable",
     "family_named",
     "family_of",
@@ -63,29 +65,40 @@ def family_named(name: str) -> Family:
     raise FamilyError(f"{name} is of no supported family; supported pipelines are {known}")
 
 
-def check_trainable(pipe: Any, *, resolution: int, train_text_encoder: bool) -> Family:
-    """The family of a pipeline that is to be trained with.
+def check_trainable(listed: Mapping[str, Any], *, train_text_encoder: bool) -> Family:
+    """The family of a base that is to be trained with, by what its model_index.json lists: no weights are read for it.
 
     Raises:
-        FamilyError: a pipeline that only carries adapters, one without a component, a resolution it cannot take, or
-            text encoders that are not trained.
+        FamilyError: a pipeline that only carries adapters, one without a component, or text encoders that are not
+            trained.
     """
-    family, name = family_of(pipe), type(pipe).__name__
+    name = listed["_class_name"]
+    family = family_named(name)
     if name not in family.pipelines:
         raise FamilyError(
             f"{name} carries adapters but is not trained with; give a text-to-image base: "
             f"{', '.join(family.pipelines)}"
         )
     for component in (family.denoiser, "vae", "scheduler"):
-        if getattr(pipe, component, None) is None:
+        if not any(listed.get(component) or ()):
             raise FamilyError(f"the base has no {component}; give a complete {name}, with every folder that it lists")
-    multiple = family.multiple(pipe)
-    if resolution % multiple:
-        near = max(multiple, round(resolution / multiple) * multiple)
-        raise FamilyError(f"resolution is {resolution}; {name} needs a multiple of {multiple}, e.g. {near}")
     if train_text_encoder and not family.trains_text:
         raise FamilyError(
             f"the text encoder of {family.name} is a large language model, which is not adapted; "
             f"leave train_text_encoder out"
         )
     return family
+
+
+def check_resolution(pipe: Any, *, resolution: int) -> None:
+    """Refuse a resolution that a pipeline, of which only the VAE is looked at, cannot take.
+
+    Raises:
+        FamilyError: it is no multiple of what the family needs.
+    """
+    multiple = family_of(pipe).multiple(pipe)
+    if resolution % multiple:
+        near = max(multiple, round(resolution / multiple) * multiple)
+        raise FamilyError(
+            f"resolution is {resolution}; {type(pipe).__name__} needs a multiple of {multiple}, e.g. {near}"
+        )
