@@ -33,7 +33,7 @@ FREE_OPTIONS = frozenset(
         *("validation_prompt", "validation_steps", "num_validation_images", "validation_guidance_scale"),
         *("validation_num_inference_steps", "validation_negative_prompt", "validation_dino", "validation_clip"),
         *("validation_holdout_dir", "validation_world_prompt", "trigger_token", "keep_best", "patience"),
-        "strength_sheet",
+        *("strength_sheet", "enable_model_cpu_offload"),
     }
 )
 

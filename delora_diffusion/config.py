@@ -250,6 +250,10 @@ class ValidationConfig:
     strength_sheet: list[float] = option(
         [], "at the end draw the previews at these strengths, e.g. 0.5,0.75,...,1.5, and recommend one in the card"
     )
+    enable_model_cpu_offload: bool = option(
+        False, "previews and class images with less memory: what waits for its turn is in the CPU's, one picture is "
+        "decoded at a time",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         at_least(self, 1, "validation_steps", "num_validation_images", "validation_num_inference_steps")
@@ -312,6 +316,9 @@ class DrawingConfig:
         "auto", "precision; auto: the family's half precision on a GPU, fp32 on the CPU", choices=DTYPES
     )
     device: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
+    enable_model_cpu_offload: bool = option(
+        False, "less memory, slower: components wait in the CPU's for their turn, one picture is decoded at a time"
+    )
 
     def __post_init__(self) -> None:
         if not self.seeds or not self.strengths:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from .config import SCHEDULERS
 from .families import Conditioning, FamilyError, family_of, placed, stack_conditioning
@@ -56,9 +57,10 @@ def draw(
     else:
         cond = stack_conditioning([item for item in prompts if isinstance(item, dict)])
         against = negative if isinstance(negative, dict) else None
-    inputs: dict[str, Any] = placed(cond, pipe.device)
+    device = pipe._execution_device  # where components come to for their turn, or where they are
+    inputs: dict[str, Any] = placed(cond, device)
     if against is not None:
-        repeated = placed(stack_conditioning([against] * len(prompts)), pipe.device)
+        repeated = placed(stack_conditioning([against] * len(prompts)), device)
         inputs |= {f"negative_{name}": value for name, value in repeated.items()}
     if "negative_prompt" in inspect.signature(type(pipe).__call__).parameters:
         inputs["negative_prompt"] = None  # "" is some pipelines' default, which they refuse beside embeddings
@@ -66,7 +68,7 @@ def draw(
     inputs |= family.sampling(pipe) | {name: value for name, value in chosen.items() if value is not None} | settings
     inputs[family.guidance] = inputs.pop("guidance_scale")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with _own_precision(pipe.vae):
+    with _own_precision(pipe.vae, device):
         images: list[Image.Image] = pipe(**inputs, generator=generators).images
     return images
 
@@ -96,19 +98,76 @@ def set_sampler(pipe: Any, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _own_precision(vae: Any) -> Iterator[None]:
-    """Let the VAE decode latents of any precision and device in its own, outside autocast."""
+def _own_precision(vae: Any, device: torch.device) -> Iterator[None]:
+    """Let the VAE decode latents of any precision and device in its own precision on `device`, outside autocast."""
     decode = vae.decode
 
     def decode_as_it_is(z: torch.Tensor, *args: Any, **settings: Any) -> Any:
-        with torch.autocast(vae.device.type, enabled=False):
-            return decode(z.to(vae.device, vae.dtype), *args, **settings)
+        with torch.autocast(device.type, enabled=False):
+            return decode(z.to(device, vae.dtype), *args, **settings)
 
     vae.decode = decode_as_it_is
     try:
         yield
     finally:
         del vae.decode
+
+
+@contextlib.contextmanager
+def components_on(pipe: Any, device: torch.device, *, offload: bool) -> Iterator[None]:
+    """The whole pipeline on `device`, where it stays; with `offload`, `in_turn`."""
+    if not offload:
+        pipe.to(device)
+    with in_turn(pipe, device) if offload else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def in_turn(pipe: Any, device: torch.device, *, staying: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """Draw with less memory: components wait in the CPU's memory and come to `device` for their turn, one at a time.
+
+    Like diffusers' `enable_model_cpu_offload`, but for a while, with components that stay, and with all others sent
+    away, not only the one before in a chain: of two text encoders that are called in turns, both would stay there.
+    Pictures are decoded one by one: decoding several at once takes more memory than many a denoiser.
+
+    Args:
+        staying: components that are on `device` and are not moved.
+    """
+    from accelerate import cpu_offload_with_hook
+
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    waiting = [part for part in parts if all(part is not module for module in staying)]
+    hooks = [cpu_offload_with_hook(module, device)[1] for module in waiting]
+    for hook in hooks:
+        hook.hook.pre_forward = _alone(hook.hook.pre_forward, [other for other in hooks if other is not hook])
+
+    def send_back(*_: Any) -> None:
+        for hook in hooks:
+            hook.offload()
+
+    handles = [module.register_forward_pre_hook(send_back) for module in staying]
+    sliced = pipe.vae.use_slicing
+    pipe.vae.enable_slicing()
+    try:
+        yield
+    finally:
+        pipe.vae.use_slicing = sliced
+        send_back()
+        for hook in hooks:
+            hook.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _alone(come: Callable[..., Any], others: Sequence[Any]) -> Callable[..., Any]:
+    """What accelerate calls when a component is used: the others leave before it comes."""
+
+    def others_leave_first(*args: Any, **kwargs: Any) -> Any:
+        for other in others:
+            other.offload()
+        return come(*args, **kwargs)
+
+    return others_leave_first
 
 
 @contextlib.contextmanager

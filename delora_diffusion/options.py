@@ -1,7 +1,8 @@
 """Frozen dataclasses as options: one definition becomes command-line flags, YAML keys and a table for the README.
 
 A field is declared with `option(default, help)`; its name is the flag and the YAML key. Precedence: default, then the
-YAML file given with `--config`, then the command line. Unknown keys and wrong types are errors that say what to do.
+YAML files given with `--config`, the later before the earlier, then the command line. Unknown keys and wrong types are
+errors that say what to do.
 """
 
 from __future__ import annotations
@@ -33,23 +34,29 @@ def option(default: Any, help: str, *, choices: Sequence[str] | None = None) -> 
 
 
 def parse(argv: Sequence[str], *groups: type, prog: str, description: str) -> list[Any]:
-    """Read the command line (and the YAML file it names) into one instance of each dataclass in `groups`.
+    """Read the command line (and the YAML files it names) into one instance of each dataclass in `groups`.
 
     Raises:
         SystemExit: after printing help, or one line about what is wrong (exit code 2, argparse's convention).
     """
     parser = _Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line overrides it")
+    parser.add_argument(
+        "--config", metavar="FILE", nargs="+", action="extend",
+        help="YAML files of options; a later file overrides an earlier one, the command line all of them",
+    )  # fmt: skip
     for group in groups:
         section = parser.add_argument_group((group.__doc__ or group.__name__).splitlines()[0].rstrip("."))
         for field in dataclasses.fields(group):
             _add_flag(section, group, field)
     given = vars(parser.parse_args(list(argv)))
     try:
-        path = given.pop("config", None)
+        paths = given.pop("config", [])
         fields = _fields(groups)
         given = {key: _coerce(*fields[key], value) for key, value in given.items()}
-        values = (read_yaml(path, *groups) if path else {}) | given
+        values: dict[str, Any] = {}
+        for path in paths:
+            values |= read_yaml(path, *groups)
+        values |= given
         return [build(group, values) for group in groups]
     except ValueError as error:
         parser.error(str(error))

@@ -12,7 +12,7 @@ from torch import nn
 
 from .config import ValidationConfig
 from .data import IMAGE_SUFFIXES, load_image
-from .draw import draw, quiet
+from .draw import draw, in_turn, quiet
 from .families import Conditioning, family_of
 from .files import complete_file
 from .pipeline import components
@@ -21,6 +21,8 @@ from .sheet import contact_sheet
 
 #: (prompt or its conditioning, the negative one) -> what `draw` takes
 Prompts = tuple[Sequence[str] | Sequence[Conditioning], str | Conditioning | None]
+#: Class images drawn at once
+CLASS_BATCH = 4
 #: A row of images for each prompt
 Rows = list[list[Image.Image]]
 
@@ -50,7 +52,7 @@ def draw_previews(pipe: Any, config: ValidationConfig, prompts: Prompts, *, size
     texts, negative = prompts
     seeds = [derived_seed(seed, "preview", number) for number in range(count)]
     rows = []
-    with _drawing(pipe):
+    with _drawing(pipe, offload=config.enable_model_cpu_offload):
         for text in texts:
             same: Any = [text] * count
             rows.append(draw(pipe, same, seeds, negative=negative, **_settings(config, size)))
@@ -63,7 +65,7 @@ def draw_unrelated(
     """One image of each of many prompts, each with a fixed seed of its own."""
     texts, negative = prompts
     images: list[Image.Image] = []
-    with _drawing(pipe):
+    with _drawing(pipe, offload=config.enable_model_cpu_offload):
         for first in range(0, len(texts), config.num_validation_images):
             part = texts[first : first + config.num_validation_images]
             seeds = [derived_seed(seed, "unrelated", first + number) for number in range(len(part))]
@@ -72,13 +74,17 @@ def draw_unrelated(
 
 
 @contextlib.contextmanager
-def _drawing(pipe: Any) -> Iterator[None]:
-    """The live pipeline as it draws: the VAE beside the denoiser, no dropout, no progress bar of its own."""
+def _drawing(pipe: Any, *, offload: bool) -> Iterator[None]:
+    """The live pipeline as it draws: the VAE comes to the denoiser, for its turn only with `offload`; no dropout, no
+    progress bar of its own."""
+    denoiser = getattr(pipe, family_of(pipe).denoiser)
+    others = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not pipe.vae]
+    beside = in_turn(pipe, denoiser.device, staying=others) if offload else on_device(pipe, "vae", denoiser)
     trained = [module for module in components(pipe).values() if module.training]
     for module in trained:
         module.eval()
     try:
-        with on_device(pipe, "vae", getattr(pipe, family_of(pipe).denoiser)), quiet(pipe):
+        with beside, quiet(pipe):
             yield
     finally:
         for module in trained:
@@ -132,13 +138,14 @@ def on_device(pipe: Any, component: str, beside: nn.Module) -> Iterator[None]:
 def fill_class_folder(
     pipe: Any,
     folder: Path,
-    prompt: str,
+    prompt: str | Conditioning,
     count: int,
     *,
+    negative: Conditioning | None = None,
     size: int,
     seed: int,
     settings: dict[str, Any],
-    batch_size: int = 4,
+    batch_size: int = CLASS_BATCH,
     rank: int = 0,
     world: int = 1,
     progress: Callable[[Any], Any] = iter,
@@ -146,6 +153,10 @@ def fill_class_folder(
     """Draw the images that `folder` lacks to hold `count`, each with its own name and seed, split over processes.
 
     An image is complete or absent, so an interrupted call is continued by the next.
+
+    Args:
+        prompt: a text, or what it was encoded to.
+        negative: what the pipeline guides against, with an encoded prompt.
 
     Returns:
         How many images this process drew.
@@ -159,7 +170,8 @@ def fill_class_folder(
         for first in progress(range(0, len(missing), batch_size)):
             part = missing[first : first + batch_size]
             seeds = [derived_seed(seed, "class", number) for number, _ in part]
-            images = draw(pipe, [prompt] * len(part), seeds, height=size, width=size, **settings)
+            same: Any = [prompt] * len(part)
+            images = draw(pipe, same, seeds, negative=negative, height=size, width=size, **settings)
             for (_, name), image in zip(part, images, strict=True):
                 with complete_file(folder / name) as aside:
                     image.save(aside)

@@ -26,7 +26,7 @@ from .adapter_file import Adapter, read_adapter
 from .base import base_of, half_precision, load_base
 from .config import DrawingConfig, ModelConfig, SamplingConfig
 from .data import read_prompts
-from .draw import draw, quiet, set_sampler
+from .draw import components_on, draw, quiet, set_sampler
 from .files import complete_file
 from .pipeline import load_delora_weights, set_adapters
 from .seeds import derived_seed
@@ -181,11 +181,10 @@ def _draw_missing(
         set_sampler(pipe, drawing.scheduler)
     for number, adapter in enumerate(planned.adapters):
         load_delora_weights(pipe, adapter, f"adapter_{number}")
-    pipe.to(device)
     sizes = {name: value for name, value in (("height", drawing.height), ("width", drawing.width)) if value}
     batches = list(_batches(missing, drawing.batch_size))[state.process_index :: state.num_processes]
     bar = tqdm(total=sum(map(len, batches)), desc="images", disable=not state.is_main_process)
-    with quiet(pipe), bar:
+    with components_on(pipe, torch.device(device), offload=drawing.enable_model_cpu_offload), quiet(pipe), bar:
         for batch in batches:
             if batch[0].adapter is not None:
                 set_adapters(pipe, f"adapter_{batch[0].adapter}", batch[0].settings["strength"])

@@ -35,9 +35,10 @@ FIDELITY = ("dino_holdout", "dino", "clip_i_holdout", "clip_i")
 #: come nearer to the photos by no less cosine than other pictures go away from the base model's.
 DRIFT_WEIGHT = 2.0
 SUMMARY = "best.json"
-#: Options of previews that say what is done with figures, or where an encoder lies, not how they come about.
+#: Options of previews that say what is done with figures, or where encoders and components are, not how figures come
+#: about.
 _AFTERWARDS = ("validation_steps", "keep_best", "patience", "strength_sheet", "validation_dino", "validation_clip",
-               "validation_holdout_dir")  # fmt: skip
+               "validation_holdout_dir", "enable_model_cpu_offload")  # fmt: skip
 
 
 # ---- figures -------------------------------------------------------------------------------------

@@ -162,6 +162,30 @@ def test_the_command_line_wins_over_yaml_and_yaml_over_the_default(
     assert train(*flags, yaml_file=path)[name] == train(*flags)[name] == on_command_line
 
 
+@pytest.mark.parametrize("files", [["{0}", "{1}"], ["{0}", "--config", "{1}"]], ids=["one flag", "two flags"])
+def test_a_later_yaml_file_wins_over_an_earlier_one_and_the_command_line_over_both(
+    files: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "subject.yaml").write_text("instance_prompt: a sks dog\nrank: 8\nvalidation_prompt: [a, b]\n")
+    (tmp_path / "card.yaml").write_text("rank: 4\nmixed_precision: bf16\n")
+    paths = [str(tmp_path / name) for name in ("subject.yaml", "card.yaml")]
+    found = train("--config", *(file.format(*paths) for file in files))
+    chosen = {name: found[name] for name in ("instance_prompt", "rank", "validation_prompt", "mixed_precision")}
+    assert chosen == {"instance_prompt": "a sks dog", "rank": 4, "validation_prompt": ["a", "b"],
+                      "mixed_precision": "bf16"}  # fmt: skip
+    assert train("--config", *(file.format(*reversed(paths)) for file in files))["rank"] == 8
+    assert train("--rank=2", "--config", *(file.format(*paths) for file in files))["rank"] == 2
+
+
+def test_every_yaml_file_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "good.yaml").write_text("rank: 4\n")
+    (tmp_path / "bad.yaml").write_text("rnk: 4\n")
+    message = refusal(capsys, "--config", str(tmp_path / "bad.yaml"), str(tmp_path / "good.yaml"))
+    assert "bad.yaml: unknown option 'rnk'; did you mean rank?" in message
+    message = refusal(capsys, "--config", str(tmp_path / "good.yaml"), str(tmp_path / "missing.yaml"))
+    assert "cannot read --config" in message and "missing.yaml" in message
+
+
 def test_an_empty_yaml_file_and_null_values_mean_the_defaults(tmp_path: Path) -> None:
     assert train(yaml_file=written(tmp_path, "# nothing yet\n")) == train()
     assert train(yaml_file=written(tmp_path, "rank: null\nsnr_gamma:\nvalidation_prompt: ~\n")) == train()

@@ -21,7 +21,7 @@ LEVELS = (
     ("encode", "checkpoint", "optimizer", "journal", "pictures", "matching", "inspection"),
     ("pipeline", "batches", "base", "draw", "measure", "watch", "inspection_plot", "run_plot"),
     ("preview", "card", "train", "peft_file", "updates"),
-    ("sample", "model", "merged", "strengths", "lora_file", "verify"),
+    ("sample", "model", "merged", "strengths", "lora_file", "verify", "stages"),
     ("evaluate",),
     ("benchmark",),
     ("cli",),

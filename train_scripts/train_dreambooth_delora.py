@@ -2,7 +2,8 @@
 
     accelerate launch train_scripts/train_dreambooth_delora.py --config my_dog.yaml
 
-All options: `--help`. A YAML file gives the same options by the same names; the command line overrides it.
+All options: `--help`. YAML files give the same options by the same names: a later file overrides an earlier one, the
+command line all of them, so that `--config my_dog.yaml train_scripts/configs/memory_12gb.yaml` adds what a card needs.
 """
 
 from __future__ import annotations
@@ -18,19 +19,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from tqdm import tqdm
 
-from delora_diffusion.base import check_output, clear_output, load_base, quiet_libraries
+from delora_diffusion.base import check_output, clear_output, listed_in, quiet_libraries
 from delora_diffusion.base_error import BaseModelError
 from delora_diffusion.batches import Examples
-from delora_diffusion.buckets import bucket_sizes
 from delora_diffusion.card import figure_table, push_to_hub, write_card
 from delora_diffusion.checkpoint import CheckpointError
 from delora_diffusion.config import AdapterConfig, DataConfig, ModelConfig, TrainingConfig, ValidationConfig
-from delora_diffusion.data import DataError, class_examples, instance_examples, read_prompts, told_sizes
-from delora_diffusion.encode import Cache, cache_latents, cache_negative, cache_prompts, fingerprint
+from delora_diffusion.data import DataError, instance_examples, read_prompts, told_sizes
+from delora_diffusion.encode import fingerprint
 from delora_diffusion.encoders import EncoderError
-from delora_diffusion.families import FamilyError, check_sizes, check_trainable
+from delora_diffusion.families import FamilyError, check_trainable
 from delora_diffusion.inject import delora_disabled, inject_delora
 from delora_diffusion.journal import Look, figures_by_step, read_log
 from delora_diffusion.lora_file import export_lora
@@ -38,11 +37,12 @@ from delora_diffusion.lora_names import LoraError
 from delora_diffusion.objective import ObjectiveError, TimestepSampling, objective_of
 from delora_diffusion.options import OptionError, parse, to_yaml
 from delora_diffusion.pipeline import save_delora_weights
-from delora_diffusion.preview import Rows, before_after, draw_unrelated, fill_class_folder, preview
+from delora_diffusion.preview import Rows, before_after, draw_unrelated, preview
 from delora_diffusion.run_plot import plot_run
 from delora_diffusion.seeds import derived_seed
+from delora_diffusion.stages import begin, prepare
 from delora_diffusion.strengths import SHEET, draw_strengths, strength_text
-from delora_diffusion.targets import ALL_LINEAR, PRESETS, DeloraConfig, DeloraConfigError, excluding
+from delora_diffusion.targets import ALL_LINEAR, PRESETS, DeloraConfig, DeloraConfigError, excluding, target_linears
 from delora_diffusion.train import Interrupted, TrainingError, options_of, train
 from delora_diffusion.watch import Watch, figures_of_photos, load_gauge, protocol_of, read_best
 
@@ -65,7 +65,7 @@ def run(
     logging.getLogger("delora_diffusion").setLevel(logging.INFO if main else logging.ERROR)
     seed, device, out = training.seed, accelerator.device, Path(training.output_dir)
 
-    # ---- load: photos first, so that a wrong folder is told before anything large is read
+    # ---- what can be refused is refused before anything large is read
     instances = instance_examples(data, seed=seed)
     log.info("%s", told_sizes(instances, data))
     check_output(training)
@@ -73,64 +73,30 @@ def run(
     world = read_prompts(validation.validation_world_prompt, option="validation_world_prompt") if measuring else []
     prompts = read_prompts(validation.validation_prompt, option="validation_prompt")
     validation = replace(validation, validation_prompt=prompts, validation_world_prompt=world)
+    family = check_trainable(listed_in(model), train_text_encoder=adapter.train_text_encoder)
+    pipe = begin(model, family, precision=accelerator.mixed_precision)
+    objective = objective_of(pipe.scheduler, _timestep_sampling(training))
+    denoiser = getattr(pipe, family.denoiser)
+    config = _denoiser_config(adapter, family.dead_layers(family.denoiser, denoiser))
+    target_linears(denoiser, config)
+
+    # ---- load and encode; what only encodes is gone before the denoiser comes
     gauge = load_gauge(
         [e.path for e in instances], dino=validation.validation_dino, clip=validation.validation_clip,
         holdout=validation.validation_holdout_dir, token=validation.trigger_token,
     ) if measuring and main else None  # fmt: skip
-    pipe = load_base(model, precision=accelerator.mixed_precision)
-    family = check_trainable(pipe, resolution=data.resolution, train_text_encoder=adapter.train_text_encoder)
-    check_sizes(pipe, bucket_sizes(data.resolution, data.aspect_ratio_buckets), option="aspect_ratio_buckets")
-    objective = objective_of(pipe.scheduler, _timestep_sampling(training))
-    encoders = [name for name in family.text_encoders if getattr(pipe, name, None) is not None]
-    denoiser = getattr(pipe, family.denoiser)
-    base_identity = fingerprint(denoiser, pipe.vae, *(getattr(pipe, name) for name in encoders))
-
-    # ---- class images that are missing are drawn by the base
-    if data.with_prior_preservation and data.class_data_dir and data.class_prompt:
-        pipe.to(device)
-        settings = {"guidance_scale": validation.validation_guidance_scale,
-                    "num_inference_steps": validation.validation_num_inference_steps}  # fmt: skip
-        drawn = fill_class_folder(
-            pipe, Path(data.class_data_dir), data.class_prompt, data.num_class_images, size=data.resolution, seed=seed,
-            settings=settings, rank=accelerator.process_index, world=accelerator.num_processes,
-            progress=lambda batches: tqdm(batches, desc="class images", disable=not main or not len(batches)),
-        )  # fmt: skip
-        log.info("drew %d class images into %s", drawn, data.class_data_dir)
-        accelerator.wait_for_everyone()
-    classes = class_examples(data, seed=seed)
-
-    # ---- encode once; what is encoded needs no encoder any more
-    cache = Cache(Path(data.cache_dir) if data.cache_dir else None)
-    pipe.vae.to(device)
-    latents = cache_latents(
-        cache, pipe.vae, [*instances, *classes], identity=fingerprint(pipe.vae),
-        progress=lambda views: tqdm(views, desc="encode", disable=not main),
+    base = prepare(
+        pipe, family, model=model, data=data, validation=validation, instances=instances,
+        train_text=adapter.train_text_encoder, seed=seed, accelerator=accelerator,
     )  # fmt: skip
-    pipe.vae.to("cpu")
-    for name in encoders:
-        getattr(pipe, name).to(device)
-    conditioning, preserved, negative = None, {}, validation.validation_negative_prompt
-    shown, unrelated = (validation.validation_prompt, negative), (world, negative)
-    tokenizers = [getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in encoders]
-    identity = fingerprint(*(getattr(pipe, name) for name in encoders), *map(_vocabulary, tokenizers))
-    if data.with_base_preservation and data.class_prompt:
-        preserved = cache_prompts(cache, pipe, family, [data.class_prompt], identity=identity)
-    if not adapter.train_text_encoder:
-        captions = [e.caption for e in [*instances, *classes]] + [*validation.validation_prompt, *world]
-        conditioning = cache_prompts(cache, pipe, family, captions, identity=identity) | preserved
-        if validation.validation_prompt:
-            without = cache_negative(cache, pipe, family, negative, identity=identity)
-            shown, unrelated = (([conditioning[text] for text in texts], without) for texts, _ in (shown, unrelated))
-        for name in encoders:
-            setattr(pipe, name, None)
-    if not validation.validation_prompt:
-        pipe.vae = None
+    pipe, texts, photos = base.pipe, base.texts, [*instances, *base.classes]
+    denoiser = getattr(pipe, family.denoiser)
 
     # ---- adapt
-    modules = {family.denoiser: denoiser.to(device)}
-    config = _denoiser_config(adapter, family.dead_layers(family.denoiser, denoiser))
+    modules = {family.denoiser: denoiser}
     inject_delora(denoiser, config, generator=_generator(seed, 0))
-    for number, name in enumerate(encoders if adapter.train_text_encoder else [], start=1):
+    encoders = [name for name in family.text_encoders if getattr(pipe, name, None) is not None]
+    for number, name in enumerate(encoders, start=1):
         modules[name] = getattr(pipe, name)
         config = _text_encoder_config(adapter, family.dead_layers(name, modules[name]))
         inject_delora(modules[name], config, generator=_generator(seed, number))
@@ -151,13 +117,13 @@ def run(
     accelerator.wait_for_everyone()
 
     def world_pictures() -> list[Image.Image]:
-        return draw_unrelated(pipe, validation, unrelated, size=data.resolution, seed=seed) if gauge else []
+        return draw_unrelated(pipe, validation, texts.unrelated, size=data.resolution, seed=seed) if gauge else []
 
     with accelerator.autocast(), contextlib.ExitStack() as as_base:
         for module in modules.values():
             as_base.enter_context(delora_disabled(module))
         base_pictures = world_pictures()
-    provenance = {"base_model": model.pretrained_model_name_or_path, "base_fingerprint": base_identity,
+    provenance = {"base_model": model.pretrained_model_name_or_path, "base_fingerprint": base.identity,
                   "family": family.name, "seed": str(seed), "instance_prompt": data.instance_prompt or "",
                   "resolution": str(data.resolution), "pipeline": type(pipe).__name__,
                   "prediction_type": str(pipe.scheduler.config.get("prediction_type", ""))}  # fmt: skip
@@ -173,7 +139,7 @@ def run(
         look = Look()
         if main and validation.validation_prompt:
             with accelerator.autocast():
-                rows = preview(pipe, out / "previews", step, validation, shown, size=data.resolution, seed=seed)
+                rows = preview(pipe, out / "previews", step, validation, texts.shown, size=data.resolution, seed=seed)
                 others = base_pictures if step == 0 and adapter.init_weights != "kaiming" else world_pictures()
             latest = rows, others
             look = watch.look(step, rows, others) if watch else look
@@ -184,13 +150,14 @@ def run(
     if training.report_to:
         accelerator.init_trackers("delora_diffusion", config={k: str(v) for k, v in options.items()})
     examples = Examples(
-        instances, classes, latents, conditioning, lambda texts: family.encode_prompt(pipe, texts),
-        preserved, data.base_preservation_weight, training.guidance_scale,
+        instances, base.classes, base.latents, texts.conditioning,
+        lambda captions: family.encode_prompt(pipe, captions), texts.preserved, data.base_preservation_weight,
+        training.guidance_scale,
     )  # fmt: skip
-    photos = sorted((e.content, e.caption) for e in [*instances, *classes])
+    content = fingerprint(sorted((e.content, e.caption) for e in photos))
     steps = train(
         accelerator, modules, examples, family, objective, adapter=adapter, training=training, options=options,
-        identity={"base model": base_identity, "photos and captions": fingerprint(photos)},
+        identity={"base model": base.identity, "photos and captions": content},
         preview=show, preview_steps=validation.validation_steps,
     )  # fmt: skip
 
@@ -208,7 +175,7 @@ def run(
         if validation.strength_sheet:
             with accelerator.autocast():
                 measured = draw_strengths(
-                    pipe, modules, out, validation, shown, unrelated,
+                    pipe, modules, out, validation, texts.shown, texts.unrelated,
                     gauge=gauge, base=base_pictures, known=latest, size=data.resolution, seed=seed,
                 )  # fmt: skip
             text = strength_text(measured, sheet=SHEET)
@@ -281,12 +248,6 @@ def _timestep_sampling(training: TrainingConfig) -> TimestepSampling:
         training.timestep_sampling, training.logit_mean, training.logit_std, training.mode_scale,
         training.timestep_shift,
     )  # fmt: skip
-
-
-def _vocabulary(tokenizer: Any) -> dict[str, int]:
-    """Of a tokenizer, or of the processor around one."""
-    vocabulary: dict[str, int] = getattr(tokenizer, "tokenizer", tokenizer).get_vocab()
-    return vocabulary
 
 
 def _generator(seed: int, component: int) -> torch.Generator:

@@ -5,7 +5,7 @@ To add one: a `Family` value in `FAMILIES`, a `predict` of a few lines, and a ti
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .dit import LUMINA2, PIXART, SANA, Z_IMAGE
@@ -65,23 +65,19 @@ def family_named(name: str) -> Family:
     raise FamilyError(f"{name} is of no supported family; supported pipelines are {known}")
 
 
-def check_trainable(pipe: Any, *, resolution: int, train_text_encoder: bool) -> Family:
-    """The family of a pipeline that is to be trained with.
+def check_trainable(listed: Mapping[str, Any], *, train_text_encoder: bool) -> Family:
+    """The family of a base that is to be trained with, by what its model_index.json lists: no weights are read for it.
 
     Raises:
-        FamilyError: a pipeline that only carries adapters, one without a component, a resolution it cannot take, or
-            text encoders that are not trained.
+        FamilyError: a pipeline that only carries adapters, or text encoders that are not trained.
     """
-    family, name = family_of(pipe), type(pipe).__name__
+    name = listed["_class_name"]
+    family = family_named(name)
     if name not in family.pipelines:
         raise FamilyError(
             f"{name} carries adapters but is not trained with; give a text-to-image base: "
             f"{', '.join(family.pipelines)}"
         )
-    for component in (family.denoiser, "vae", "scheduler"):
-        if getattr(pipe, component, None) is None:
-            raise FamilyError(f"the base has no {component}; give a complete {name}, with every folder that it lists")
-    check_sizes(pipe, [(resolution, resolution)], option="resolution")
     if train_text_encoder and not family.trains_text:
         raise FamilyError(
             f"the text encoder of {family.name} is a large language model, which is not adapted; "
@@ -91,7 +87,7 @@ def check_trainable(pipe: Any, *, resolution: int, train_text_encoder: bool) -> 
 
 
 def check_sizes(pipe: Any, sizes: Iterable[tuple[int, int]], *, option: str) -> None:
-    """Refuse pictures (height, width) that the family of a pipeline cannot take.
+    """Refuse pictures (height, width) that a pipeline, of which only the VAE is looked at, cannot take.
 
     Raises:
         FamilyError: a side that is not divisible by what the VAE and the denoiser need; it names `option`.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .family import Conditioning, Family, Setting, call_defaults
+from .family import Conditioning, Family, Setting, call_defaults, encoder_device
 
 # ---- PixArt-alpha and PixArt-Sigma ----------------------------------------------------------------
 
@@ -27,7 +27,7 @@ def _negative_masked(pipe: Any, prompt: str | None) -> Conditioning:
 def _settings(pipe: Any) -> dict[str, Any]:
     """What the pipelines of one family or another hand on from their call."""
     names = ("clean_caption", "complex_human_instruction")
-    return {"device": pipe.text_encoder.device} | call_defaults(pipe, *names)
+    return {"device": encoder_device(pipe, ("text_encoder",))} | call_defaults(pipe, *names)
 
 
 def _predict_pixart(denoiser: Any, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
@@ -120,7 +120,7 @@ LUMINA2 = Family(
 
 
 def _encode_z_image(pipe: Any, prompts: Sequence[str]) -> Conditioning:
-    embeds, _ = pipe.encode_prompt(list(prompts), pipe.text_encoder.device, False)
+    embeds, _ = pipe.encode_prompt(list(prompts), encoder_device(pipe, ("text_encoder",)), False)
     return {"prompt_embeds": embeds}
 
 

@@ -139,9 +139,12 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Conditioning:
 
 
 def encoder_device(pipe: Any, family_encoders: Sequence[str]) -> torch.device:
-    """Where the text encoders are."""
-    present = (getattr(pipe, name, None) for name in family_encoders)
-    return next((module.device for module in present if module is not None), torch.device("cpu"))
+    """Where the text encoders work: where they are or, while they wait for their turn, where they will come."""
+    for module in (getattr(pipe, name, None) for name in family_encoders):
+        if module is not None:
+            coming = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            return torch.device(coming or module.device)
+    return torch.device("cpu")
 
 
 def call_defaults(pipe: Any, *names: str) -> dict[str, Any]:

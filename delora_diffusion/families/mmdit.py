@@ -189,7 +189,7 @@ FLUX2 = Family(
 
 def _encode_qwen(pipe: Any, prompts: Sequence[str]) -> Conditioning:
     embeds, mask = pipe.encode_prompt(
-        list(prompts), device=pipe.text_encoder.device, **call_defaults(pipe, "max_sequence_length")
+        list(prompts), device=encoder_device(pipe, ("text_encoder",)), **call_defaults(pipe, "max_sequence_length")
     )
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
     return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}

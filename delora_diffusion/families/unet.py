@@ -14,7 +14,7 @@ _XL_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def _encode_sd(pipe: Any, prompts: Sequence[str]) -> Conditioning:
-    embeds, _ = pipe.encode_prompt(list(prompts), pipe.text_encoder.device, 1, False)
+    embeds, _ = pipe.encode_prompt(list(prompts), encoder_device(pipe, ("text_encoder",)), 1, False)
     return {"prompt_embeds": embeds}
 
 
