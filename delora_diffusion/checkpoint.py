@@ -27,6 +27,7 @@ FREE_OPTIONS = frozenset(
     {
         *("pretrained_model_name_or_path", "revision", "variant", "instance_data_dir", "class_data_dir", "cache_dir"),
         *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_train_steps"),
+        "estimate_memory",
         *("output_dir", "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit"),
         *("resume_from_checkpoint", "lambda_warmup_steps", "report_to", "push_to_hub", "hub_model_id"),
         *("portable_lora",),

@@ -152,6 +152,9 @@ class TrainingConfig:
     train_batch_size: int = option(1, "photos per step and process (class images come on top)")
     gradient_accumulation_steps: int = option(1, "batches per optimiser step")
     gradient_checkpointing: bool = option(False, "less memory for a fifth more time")
+    estimate_memory: bool | None = option(
+        None, "say first what every phase will take of the device's memory; unset: where there is a GPU"
+    )
     mixed_precision: str | None = option(None, "autocast; unset: as accelerate is set up", choices=PRECISIONS)
     optimizer: str = option("adamw", "optimiser", choices=OPTIMIZERS)
     learning_rate: float = option(1e-3, "of A and B; without effect there unless direction_turn is 0 (prodigy: use 1)")

@@ -14,14 +14,14 @@ import delora_diffusion
 PACKAGE = Path(delora_diffusion.__file__).parent
 LEVELS = (
     ("targets", "delora", "options", "objective", "families", "latents", "files", "sheet", "seeds", "encoders",
-     "metrics", "prompts", "base_error"),
+     "metrics", "prompts", "base_error", "tally"),
     ("buckets", "layout", "lowrank", "lora_names", "tensor_file", "block_weights", "architectures"),
     ("single_file", "inject", "config", "report", "peft_format", "spectrum", "lora_header"),
     ("merge", "state", "data", "evaluation_config", "file_config", "dial_plot", "adapter_file"),
     ("encode", "checkpoint", "optimizer", "journal", "pictures", "matching", "inspection"),
     ("pipeline", "batches", "base", "draw", "measure", "watch", "inspection_plot", "run_plot"),
     ("preview", "card", "train", "peft_file", "updates"),
-    ("sample", "model", "merged", "strengths", "lora_file", "verify", "stages"),
+    ("sample", "model", "merged", "strengths", "lora_file", "verify", "stages", "memory"),
     ("evaluate",),
     ("benchmark",),
     ("cli",),

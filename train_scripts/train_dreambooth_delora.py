@@ -34,6 +34,7 @@ from delora_diffusion.inject import delora_disabled, inject_delora
 from delora_diffusion.journal import Look, figures_by_step, read_log
 from delora_diffusion.lora_file import export_lora
 from delora_diffusion.lora_names import LoraError
+from delora_diffusion.memory import Plan, announce
 from delora_diffusion.objective import ObjectiveError, TimestepSampling, objective_of
 from delora_diffusion.options import OptionError, parse, to_yaml
 from delora_diffusion.pipeline import save_delora_weights
@@ -79,6 +80,14 @@ def run(
     denoiser = getattr(pipe, family.denoiser)
     config = _denoiser_config(adapter, family.dead_layers(family.denoiser, denoiser))
     target_linears(denoiser, config)
+    on_gpu = device.type == "cuda"
+    if main and (on_gpu if training.estimate_memory is None else training.estimate_memory):
+        text_adapter = _text_encoder_config(adapter, []) if adapter.train_text_encoder else None
+        announce(
+            Plan(model, data, training, validation, family, config, text_adapter, accelerator.mixed_precision,
+                 like_cuda=on_gpu),
+            device,
+        )  # fmt: skip
 
     # ---- load and encode; what only encodes is gone before the denoiser comes
     gauge = load_gauge(

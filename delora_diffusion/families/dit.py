@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .family import Conditioning, Family, Setting, call_defaults, encoder_device
+from .family import Conditioning, Family, Setting, call_defaults, encoder_device, zeros
 
 # ---- PixArt-alpha and PixArt-Sigma ----------------------------------------------------------------
 
@@ -22,6 +22,13 @@ def _negative_masked(pipe: Any, prompt: str | None) -> Conditioning:
     """As the pipeline makes it: Sana's and Lumina2's instructions are not put in front of a negative prompt."""
     _, _, embeds, mask = pipe.encode_prompt("", True, negative_prompt=prompt or "", **_settings(pipe))
     return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+
+def _blank_masked(tokens: int, width: str) -> Callable[[Any], Conditioning]:
+    """Embeddings of so many tokens, as wide as the denoiser's config says under this name, and a mask that is full."""
+    return lambda denoiser: {
+        "prompt_embeds": zeros(tokens, denoiser.config[width]), "prompt_attention_mask": zeros(tokens).long() + 1
+    }  # fmt: skip
 
 
 def _settings(pipe: Any) -> dict[str, Any]:
@@ -56,6 +63,7 @@ PIXART = Family(
     text_encoders=("text_encoder",),
     encode_prompt=_encode_masked,
     encode_negative=_negative_masked,
+    blank=_blank_masked(300, "caption_channels"),
     predict=_predict_pixart,
     sampling=_sampling_binned,
     patch=2,
@@ -81,6 +89,7 @@ SANA = Family(
     text_encoders=("text_encoder",),
     encode_prompt=_encode_masked,
     encode_negative=_negative_masked,
+    blank=_blank_masked(300, "caption_channels"),
     predict=_predict_sana,
     sampling=_sampling_binned,
     flow_samplers=("euler", "heun", "dpm++", "unipc"),
@@ -108,6 +117,7 @@ LUMINA2 = Family(
     text_encoders=("text_encoder",),
     encode_prompt=_encode_masked,
     encode_negative=_negative_masked,
+    blank=_blank_masked(256, "cap_feat_dim"),
     predict=_predict_lumina2,
     sampling=lambda pipe: {"guidance_scale": 4.0, "num_inference_steps": 30},
     flow_samplers=("euler", "unipc"),
@@ -126,6 +136,11 @@ def _encode_z_image(pipe: Any, prompts: Sequence[str]) -> Conditioning:
 
 def _negative_z_image(pipe: Any, prompt: str | None) -> Conditioning:
     return _encode_z_image(pipe, [prompt or ""])
+
+
+def _blank_z_image(denoiser: Any) -> Conditioning:
+    """Prompts are as long as they are; this is a long one."""
+    return {"prompt_embeds": [zeros(128, denoiser.config.cap_feat_dim)[0]]}
 
 
 def _predict_z_image(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
@@ -147,6 +162,7 @@ Z_IMAGE = Family(
     text_encoders=("text_encoder",),
     encode_prompt=_encode_z_image,
     encode_negative=_negative_z_image,
+    blank=_blank_z_image,
     predict=_predict_z_image,
     sampling=lambda pipe: {"guidance_scale": 5.0, "num_inference_steps": 50},
     patch=2,

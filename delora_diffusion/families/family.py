@@ -50,6 +50,7 @@ class Family:
         encode_prompt: (pipeline, prompts) -> Conditioning; differentiable.
         encode_negative: (pipeline, negative prompt or None) -> Conditioning of one negative prompt as the pipeline
             makes it, or None where it uses none.
+        blank: denoiser -> Conditioning of one prompt with the usual number of tokens, all zeros: for its shapes.
         predict: (denoiser, x_t, t, cond, setting) -> what the pipeline hands to `scheduler.step` for the latents x_t
             (B, C, H, W) and the scheduler's timesteps t (B,), as (B, C, H, W).
         sampling: pipeline -> the usual guidance_scale and num_inference_steps, and what else its call needs.
@@ -69,6 +70,7 @@ class Family:
     text_encoders: tuple[str, ...]
     encode_prompt: Callable[[Any, Sequence[str]], Conditioning]
     encode_negative: Callable[[Any, str | None], Conditioning | None]
+    blank: Callable[[Any], Conditioning]
     predict: Callable[[nn.Module, Tensor, Tensor, Conditioning, Setting], Tensor]
     sampling: Callable[[Any], dict[str, Any]]
     guidance: str = "guidance_scale"
@@ -98,6 +100,11 @@ class Family:
             exact = pattern.replace("{last}", str(max(blocks, default=0)))
             found += [name for name in names if re.fullmatch(exact, name)]
         return found
+
+
+def zeros(*sizes: int) -> Tensor:
+    """Zeros for one prompt, (1, *sizes)."""
+    return torch.zeros(1, *sizes)
 
 
 def stack_conditioning(items: Sequence[Conditioning]) -> Conditioning:

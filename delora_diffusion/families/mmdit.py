@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from .family import Conditioning, Family, Setting, call_defaults, encoder_device, refuse_negative
+from .family import Conditioning, Family, Setting, call_defaults, encoder_device, refuse_negative, zeros
 
 _SD3_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _FLUX_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def _blank_pooled(tokens: int) -> Callable[[Any], Conditioning]:
+    """Prompts of SD3 and FLUX.1: embeddings of so many tokens, and a pooled one."""
+    return lambda denoiser: {
+        "prompt_embeds": zeros(tokens, denoiser.config.joint_attention_dim),
+        "pooled_prompt_embeds": zeros(denoiser.config.pooled_projection_dim),
+    }
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -78,6 +86,7 @@ STABLE_DIFFUSION_3 = Family(
     text_encoders=_SD3_ENCODERS,
     encode_prompt=_encode_sd3,
     encode_negative=_negative_sd3,
+    blank=_blank_pooled(77 + 256),
     predict=_predict_sd3,
     sampling=lambda pipe: {"guidance_scale": 4.5, "num_inference_steps": 28},
     flow_samplers=("euler", "heun", "dpm++", "unipc"),
@@ -129,6 +138,7 @@ FLUX = Family(
     text_encoders=_FLUX_ENCODERS,
     encode_prompt=_encode_flux,
     encode_negative=refuse_negative,
+    blank=_blank_pooled(512),
     predict=_predict_flux,
     sampling=lambda pipe: (
         {"guidance_scale": 3.5, "num_inference_steps": 28}
@@ -173,6 +183,7 @@ FLUX2 = Family(
     text_encoders=("text_encoder",),
     encode_prompt=_encode_flux2,
     encode_negative=_negative_flux2,
+    blank=lambda denoiser: {"prompt_embeds": zeros(512, denoiser.config.joint_attention_dim)},
     predict=_predict_flux2,
     sampling=lambda pipe: (
         {"guidance_scale": 1.0, "num_inference_steps": 4}
@@ -200,6 +211,12 @@ def _negative_qwen(pipe: Any, prompt: str | None) -> Conditioning:
     return _encode_qwen(pipe, [prompt or " "])
 
 
+def _blank_qwen(denoiser: Any) -> Conditioning:
+    """Prompts are as long as they are; this is a long one."""
+    embeds = zeros(128, denoiser.config.joint_attention_dim)
+    return {"prompt_embeds": embeds, "prompt_embeds_mask": zeros(128).long() + 1}
+
+
 def _predict_qwen(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
     mask: Any = cond["prompt_embeds_mask"]
     prediction = denoiser(
@@ -222,6 +239,7 @@ QWEN_IMAGE = Family(
     text_encoders=("text_encoder",),
     encode_prompt=_encode_qwen,
     encode_negative=_negative_qwen,
+    blank=_blank_qwen,
     predict=_predict_qwen,
     sampling=lambda pipe: {"guidance_scale": 4.0, "num_inference_steps": 50},
     guidance="true_cfg_scale",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .family import Conditioning, Family, Setting, encoder_device
+from .family import Conditioning, Family, Setting, encoder_device, zeros
 
 _XL_ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -39,6 +39,12 @@ def _negative_xl(pipe: Any, prompt: str | None) -> Conditioning:
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
+def _blank_xl(denoiser: Any) -> Conditioning:
+    config = denoiser.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return {"prompt_embeds": zeros(77, config.cross_attention_dim), "pooled_prompt_embeds": zeros(pooled)}
+
+
 def _predict_xl(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
     size = [setting.height, setting.width]
     time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=x_t.dtype, device=x_t.device).repeat(len(x_t), 1)
@@ -65,6 +71,7 @@ STABLE_DIFFUSION = Family(
     text_encoders=("text_encoder",),
     encode_prompt=_encode_sd,
     encode_negative=_negative_sd,
+    blank=lambda denoiser: {"prompt_embeds": zeros(77, denoiser.config.cross_attention_dim)},
     predict=_predict_sd,
     sampling=lambda pipe: {"guidance_scale": 7.5, "num_inference_steps": 25},
     half="fp16",
@@ -87,6 +94,7 @@ STABLE_DIFFUSION_XL = Family(
     text_encoders=_XL_ENCODERS,
     encode_prompt=_encode_xl,
     encode_negative=_negative_xl,
+    blank=_blank_xl,
     predict=_predict_xl,
     sampling=lambda pipe: {"guidance_scale": 5.0, "num_inference_steps": 30},
     half="fp16",
