@@ -192,6 +192,18 @@ def test_drift_pairs_only_images_that_were_drawn_alike() -> None:
     ]  # fmt: skip
 
 
+def test_an_adapter_that_was_trained_again_is_another_row() -> None:
+    pictures = [
+        Picture(Path(f"{content}.png"), {"prompt": "a sks", "seed": 0, "adapter": "runs/mine", "strength": 1.0,
+                                         "adapter_hash": content * 8})
+        for content in "ab"
+    ]  # fmt: skip
+    found = batches_of(pictures, name="x", token="sks")
+    assert [(batch.name, [p.path.name for p in batch.pictures]) for batch in found] == [
+        ("x, mine (aaaaaa)", ["a.png"]), ("x, mine (bbbbbb)", ["b.png"]),
+    ]  # fmt: skip
+
+
 def test_lpips_is_an_extra(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch,
                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     some = (f"--adapter={adapter}", "--prompts=sks", "--seeds", 0, 1, 2, ENCODERS[0], "--lpips")
