@@ -110,6 +110,25 @@ def test_every_sampler_comes_to_the_pictures_of_the_bases_own(kind: str, tmp_pat
         assert not pipe.scheduler.config.get("clip_sample"), "latents exceed 1"
 
 
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm++", "unipc"])
+@pytest.mark.parametrize("kind", ["sd3.5", "sana"])
+def test_a_sampler_keeps_the_bases_shift(kind: str, name: str, tmp_path: Path) -> None:
+    """Which decides the noise levels it visits: unshifted, the middle one is 500, and 750 here."""
+    pipe = build(kind, tmp_path)
+    set_sampler(pipe, name)
+    pipe.scheduler.set_timesteps(100)
+    assert abs(pipe.scheduler.timesteps.float().median() - 750) < 15
+
+
+def test_without_a_negative_prompt_qwen_is_guided_against_its_authors_space(tmp_path: Path) -> None:
+    pipe = build("qwen-image", tmp_path)
+    family = family_of(pipe)
+    with torch.no_grad():
+        found: Any = family.encode_negative(pipe, None)
+        space, nothing = (pipe.encode_prompt([text])[0] for text in (" ", ""))
+    assert torch.equal(found["prompt_embeds"], space) and space.shape != nothing.shape
+
+
 def test_another_familys_schedule_would_be_seen(tmp_path: Path) -> None:
     pipe = build("sd3.5", tmp_path)
     settings = {"height": 16, "width": 16, "num_inference_steps": 50}
