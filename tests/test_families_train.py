@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from PIL import Image
 
 from delora_diffusion import load_delora_weights, load_pipeline, read_adapter
@@ -41,9 +41,7 @@ def fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
-def train(
-    base: Path, photos: Path, out: Path, side: int, *extra: str, code: int = 0, launched: bool = False
-) -> Path:
+def train(base: Path, photos: Path, out: Path, side: int, *extra: str, code: int = 0, launched: bool = False) -> Path:
     """Run the script, in this process or as users do."""
     AcceleratorState._reset_state(True)
     options = {
@@ -119,6 +117,26 @@ def test_photos_of_two_shapes_train_in_one_batch_and_resume(kind: str, tmp_path:
 
 def config_layers(found: dict[str, torch.Tensor]) -> set[str]:
     return {name.rpartition(".")[0] for name in found}
+
+
+@pytest.mark.parametrize("extra, calls", [((), 1), (("--train_text_encoder",), 3)])
+def test_captions_are_encoded_again_only_while_their_encoders_train(
+    extra: tuple[str, ...], calls: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for the one caption, or at each of three steps: then all three encoders train, T5 as well."""
+    build("sd3.5", tmp_path / "parts").save_pretrained(tmp_path / "base")
+    seen: list[list[str]] = []
+    encode = StableDiffusion3Pipeline.encode_prompt
+
+    def counted(self: Any, prompt: list[str], *args: Any, **settings: Any) -> Any:
+        seen.append(prompt)
+        return encode(self, prompt, *args, **settings)
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", counted)
+    out = train(tmp_path / "base", photos, tmp_path / "out", 16, "--max_train_steps=3", *extra)
+    assert seen == [["a sks dog"]] * calls
+    encoders = {"text_encoder", "text_encoder_2", "text_encoder_3"} if extra else set()
+    assert set(read_adapter(out).tensors) == {"transformer", *encoders}
 
 
 def test_dead_layers_are_left_out_and_no_layer_stays_silent(

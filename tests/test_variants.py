@@ -17,35 +17,24 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 
-from delora_diffusion.families import FAMILIES, family_of
+from delora_diffusion.families import FAMILIES, Family, family_named, family_of
 from delora_diffusion.inject import inject_delora
 from delora_diffusion.pipeline import collect, load_delora_weights, set_adapters, unload_delora_weights
 from delora_diffusion.targets import DeloraConfig
 
 from .tiny_families import BUILDERS, build, wake
 
-#: Denoiser and LoRA loader of a pipeline of each family.
-DECLARED = {
-    "stable-diffusion": ("UNet2DConditionModel", "StableDiffusionLoraLoaderMixin"),
-    "sdxl": ("UNet2DConditionModel", "StableDiffusionXLLoraLoaderMixin"),
-    "sd3": ("SD3Transformer2DModel", "SD3LoraLoaderMixin"),
-    "flux.1": ("FluxTransformer2DModel", "FluxLoraLoaderMixin"),
-    "flux.2": ("Flux2Transformer2DModel", "Flux2LoraLoaderMixin"),
-    "pixart": ("PixArtTransformer2DModel", "DiffusionPipeline"),
-    "sana": ("SanaTransformer2DModel", "DiffusionPipeline"),
-    "lumina2": ("Lumina2Transformer2DModel", "Lumina2LoraLoaderMixin"),
-    "qwen-image": ("QwenImageTransformer2DModel", "QwenImageLoraLoaderMixin"),
-    "z-image": ("ZImageTransformer2DModel", "ZImageLoraLoaderMixin"),
-}
 #: What carries no adapter of the family although it looks so, and why.
 NOT_OURS = {
     "StableDiffusionUpscalePipeline": "a UNet of other widths, that enlarges",
 }
 
 
-def declared(family: str) -> set[str]:
+def declared(family: Family) -> set[str]:
     """Names of diffusers' pipelines with the denoiser and the LoRA loader of a family, a VAE, and a future."""
-    denoiser, loader = DECLARED[family]
+    own = getattr(diffusers, family.pipelines[0])
+    denoiser = own.__init__.__annotations__[family.denoiser].__name__
+    loader = next((b.__name__ for b in own.__mro__ if b.__name__.endswith("LoraLoaderMixin")), "DiffusionPipeline")
     found = set()
     for name in dir(diffusers):
         kind = getattr(diffusers, name)
@@ -62,8 +51,8 @@ def declared(family: str) -> set[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_every_pipeline_of_the_denoiser_is_listed(family: Any) -> None:
-    found = declared(family.name) - set(NOT_OURS)
+def test_every_pipeline_of_the_denoiser_is_listed(family: Family) -> None:
+    found = declared(family) - set(NOT_OURS)
     assert found >= set(family.pipelines)
     assert found <= {*family.pipelines, *family.related}
 
@@ -184,16 +173,10 @@ def test_an_adapter_of_the_family_acts_in_the_variant(
 
 
 def test_every_family_that_has_such_a_pipeline_draws_with_one() -> None:
-    """PixArt and Lumina2 have none but a text-to-image one with perturbed attention, or none at all."""
-    drawn_families = {family_of_name(names[0]) for names in DRAWN.values()}
-    assert {family.name for family in FAMILIES} - drawn_families == {"pixart", "lumina2"}
+    """Others have none, or only one that draws texts with perturbed attention (PAG)."""
+    with_one = {family_named(names[0]).name for names in DRAWN.values()}
     for family in FAMILIES:
-        if family.name not in drawn_families:
-            assert not [name for name in family.related if "PAG" not in name]
-
-
-def family_of_name(name: str) -> str:
-    return next(f.name for f in FAMILIES if name in (*f.pipelines, *f.related))
+        assert family.name in with_one or not [name for name in family.related if "PAG" not in name], family.name
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
