@@ -91,7 +91,7 @@ ARCHITECTURES = {
 }
 #: Start of the pipeline's class, and its architecture; the first that fits counts.
 _PIPELINES = {
-    "StableDiffusionXL": "sdxl", "StableDiffusion3": "sd3", "Flux2": "flux2", "Flux": "flux1",
+    "StableDiffusionXL": "sdxl", "StableDiffusion3": "sd3", "Flux2": "flux2", "Flux": "flux1", "VisualCloze": "flux1",
     "QwenImage": "qwen_image", "ZImage": "z_image", "Lumina2": "lumina2", "Sana": "sana", "PixArt": "pixart",
 }  # fmt: skip
 
