@@ -56,11 +56,11 @@ def bytes_of(*modules: nn.Module) -> int:
     return sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
 
 
-def peak(run: Callable[[], Any]) -> int:
+def peak(work: Callable[[], Any]) -> int:
     """The most that the CPU's allocator has given out at once, by torch's profiler."""
-    run()
+    work()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
+        work()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
     most = now = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -123,6 +123,7 @@ def test_a_step_has_alive_what_the_profiler_sees(kind: str, checkpointing: bool,
 
 def test_encoding_and_drawing_have_alive_what_the_profiler_sees(tmp_path: Path) -> None:
     plan, pipe = plan_of("sd", tmp_path, side=64)
+    plan = replace(plan, validation=ValidationConfig(validation_prompt=["a dog"], num_validation_images=3))
     with torch.no_grad():
         photo = torch.zeros(1, 3, 64, 64)
         latents = posterior(pipe.vae, photo)[0].repeat(3, 1, 1, 1)

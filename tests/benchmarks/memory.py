@@ -53,7 +53,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRESETS = sorted((ROOT / "train_scripts" / "configs").glob("memory_*.yaml"))
 #: Preset -> bases that it is for, with what differs from the file.
 FITTING: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "memory_8gb": [("Stable Diffusion 1.5", {}), ("SDXL", {"resolution": 768, "base_dtype": "bf16"})],
+    "memory_8gb": [("Stable Diffusion 1.5", {}), ("SDXL", {"resolution": 768})],
     "memory_12gb": [("SDXL", {})],
     "memory_16gb": [("SDXL", {}), ("SD3.5 medium", {})],
     "memory_24gb": [("SDXL", {}), ("SD3.5 medium", {})],
