@@ -300,7 +300,8 @@ def test_the_plot_is_an_extra(bench: Path, monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.mark.parametrize(
     "path",
-    [POCKET / "benchmark.yaml", *(p for p in CONFIGS.glob("*.yaml") if not p.stem.endswith("_training"))],
+    [POCKET / "benchmark.yaml",
+     *(p for p in CONFIGS.glob("*.yaml") if not p.stem.endswith("_training") and not p.stem.startswith("memory_"))],
     ids=lambda path: path.stem,
 )
 def test_the_benchmarks_of_the_repository_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
