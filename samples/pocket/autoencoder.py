@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ import torch
 from diffusers import AutoencoderKL
 from scenes import load_images, load_instances
 from torch import nn
-from training import Plan, to_tensor, train
+from training import Plan, fast_autocast, to_tensor, train
 from world import scene
 
 KL_WEIGHT = 1e-4  # on the mean over latent numbers; enough to centre the latents
-PLAN = Plan(steps=4000, minutes=25, batch=16, save_every=250)
+EDGE_WEIGHT = 0.5  # on the error of differences between neighbouring pixels: outlines, and marks of two pixels
+PLAN = Plan(steps=8000, minutes=100, batch=16, muon_lr=0.01, adam_lr=1e-3, save_every=100)
 
 
 def new_autoencoder() -> AutoencoderKL:
@@ -35,10 +37,13 @@ def new_autoencoder() -> AutoencoderKL:
     ).to(memory_format=torch.channels_last)
 
 
-def train_autoencoder(work: Path, *, plan: Plan = PLAN) -> AutoencoderKL:
-    """Fit reconstructions (squared and absolute error) on scenes; returns the EMA model, its scale set.
+def train_autoencoder(work: Path, *, start: Path | None = None, plan: Plan = PLAN) -> AutoencoderKL:
+    """Fit reconstructions (squared and absolute error, and that of edges); returns the EMA model, its scale set.
 
     A quarter of each batch shows things with unusual colours and marks, so that such subjects come through too.
+
+    Args:
+        start: folder of an autoencoder to go on from.
     """
     images, marked = load_images(work), load_instances(work).reshape(-1, 64, 64, 3)
     few = plan.batch // 4
@@ -46,13 +51,17 @@ def train_autoencoder(work: Path, *, plan: Plan = PLAN) -> AutoencoderKL:
     def loss_of(model: nn.Module, rng: np.random.Generator, generator: torch.Generator) -> torch.Tensor:
         rows, others = rng.integers(0, len(images), plan.batch - few), rng.integers(0, len(marked), few)
         x = to_tensor(np.concatenate([images[rows], marked[others]]))
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             posterior = model.encode(x).latent_dist
             decoded = model.decode(posterior.sample(generator)).sample.float()
         error = decoded - x
-        return error.square().mean() + 0.1 * error.abs().mean() + KL_WEIGHT * posterior.kl().mean() / 1024
+        edges = error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
+        pixels = error.square().mean() + 0.1 * error.abs().mean()
+        return pixels + EDGE_WEIGHT * edges + KL_WEIGHT * posterior.kl().mean() / 1024
 
-    model = train(new_autoencoder(), loss_of, plan=plan, checkpoint=work / "vae.pt")
+    before = AutoencoderKL.from_pretrained(start, torch_dtype=torch.float32).train() if start else new_autoencoder()
+    before = before.to(memory_format=torch.channels_last).requires_grad_(True)
+    model = train(before, loss_of, plan=plan, checkpoint=work / "vae.pt")
     assert isinstance(model, AutoencoderKL)
     latents = encode(model, images[:2000])
     model.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
@@ -64,7 +73,7 @@ def train_autoencoder(work: Path, *, plan: Plan = PLAN) -> AutoencoderKL:
 def encode(model: AutoencoderKL, images: np.ndarray, *, batch: int = 64) -> torch.Tensor:
     """uint8 [n, 64, 64, 3] -> mean latents [n, 16, 8, 8], unscaled, float32."""
     parts = [to_tensor(images[k : k + batch]) for k in range(0, len(images), batch)]
-    with torch.autocast("cpu", torch.bfloat16):  # 1.5 times as fast here, and exact enough for what is noised later
+    with fast_autocast():  # exact enough for what is noised later
         return torch.cat([model.encode(x).latent_dist.mean.float() for x in parts])
 
 
@@ -80,7 +89,10 @@ def psnr(model: AutoencoderKL, *, count: int = 256) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    work = parser.parse_args().work
-    vae = train_autoencoder(work)
+    parser.add_argument("--start", type=Path, help="folder of an autoencoder to go on from, e.g. samples/pocket/base/vae")
+    parser.add_argument("--minutes", type=float, default=PLAN.minutes, help="of training, earlier runs included")
+    arguments = parser.parse_args()
+    work = arguments.work
+    vae = train_autoencoder(work, start=arguments.start, plan=replace(PLAN, minutes=arguments.minutes))
     print(f"vae: PSNR on unseen scenes {psnr(vae):.2f} dB")
     vae.save_pretrained(work / "vae")

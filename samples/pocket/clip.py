@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from scenes import load_images, load_labels
+from things import MARKS
 from tokens import LENGTH, train_tokenizer
 from torch import nn
 from torch.nn import functional as F
@@ -24,10 +25,9 @@ from transformers.models.clip import CLIPImageProcessorPil
 from world import COLOUR_NAMES, PLACE_NAMES, THING_NAMES, Labels, caption_of, scene, training_caption
 
 WIDTH = 128
-NUMBERS = {name: k for k, name in enumerate((*THING_NAMES, *PLACE_NAMES, *COLOUR_NAMES))}
-PLACE_SLOT = torch.tensor([False, True, False])  # among thing, place, colour: only the place may go unsaid
-BOTH = Plan(steps=1000, minutes=14, batch=96)
-VISION = Plan(steps=1000, minutes=12, batch=96, muon_lr=0.01, adam_lr=1e-3, ema_decay=0.99)
+NUMBERS = {name: k for k, name in enumerate((*THING_NAMES, *PLACE_NAMES, *COLOUR_NAMES, *MARKS))}
+PLACE_SLOT = torch.tensor([False, True, False, False])  # of thing, place, colour, marks: only the place may go unsaid
+PLAN = Plan(steps=6000, minutes=60, batch=96, ema_decay=0.998, save_every=200)
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -67,22 +67,27 @@ def contrast(model: nn.Module, ids: torch.Tensor, x: torch.Tensor, *, fits: torc
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def fit(
-    model: CLIPModel, tokenizer: CLIPTokenizer, work: Path, *, plan: Plan, places: int | None, name: str
-) -> CLIPModel:
-    """Train on scenes and captions, checkpoint in WORK/<name>.pt; returns the EMA model.
+def train_clip(work: Path, *, plan: Plan = PLAN) -> tuple[CLIPModel, CLIPTokenizer]:
+    """Train on scenes and captions; returns the EMA model and its tokenizer.
 
-    Every batch shows that many places, or any if None.
+    A third of the batches shows any scenes, a third three places, a third six things: so that things, and then colours
+    and marks, are what tells the captions of a batch apart.
     """
+    tokenizer = train_tokenizer()
     images, labels = load_images(work), load_labels(work)
-    rows_of = [np.flatnonzero([entry.place == place for entry in labels]) for place in PLACE_NAMES]
+    by_place = [np.flatnonzero([entry.place == place for entry in labels]) for place in PLACE_NAMES]
+    by_thing = [np.flatnonzero([entry.thing == thing for entry in labels]) for thing in THING_NAMES]
+
+    def rows_of(rng: np.random.Generator) -> np.ndarray:
+        kind = rng.integers(3)
+        if kind == 0:
+            return rng.integers(0, len(labels), plan.batch)
+        rows, few = (by_place, 3) if kind == 1 else (by_thing, 6)
+        chosen = rng.choice(len(rows), few, replace=False)
+        return np.concatenate([rng.choice(rows[k], plan.batch // few) for k in chosen])
 
     def loss_of(model: nn.Module, rng: np.random.Generator, generator: torch.Generator) -> torch.Tensor:
-        if places is None:
-            rows = rng.integers(0, len(labels), plan.batch)
-        else:
-            chosen = rng.choice(len(PLACE_NAMES), places, replace=False)
-            rows = np.concatenate([rng.choice(rows_of[k], plan.batch // places) for k in chosen])
+        rows = rows_of(rng)
         captions, said = zip(*(training_caption(labels[k], rng) for k in rows), strict=True)
         shown = code([labels[k] for k in rows])[:, None]
         stated = code(said)[None]
@@ -90,26 +95,18 @@ def fit(
         x = degrade(to_tensor(images[rows]), generator).contiguous()
         return contrast(model, tokenize(tokenizer, list(captions)), x, fits=fits)
 
-    averaged = train(model, loss_of, plan=plan, checkpoint=work / f"{name}.pt")
-    assert isinstance(averaged, CLIPModel)
-    return averaged
-
-
-def train_clip(work: Path) -> tuple[CLIPModel, CLIPTokenizer]:
-    """Both towers on mixed batches; then the vision tower alone on few places, where things tell apart.
-
-    The text tower stays as it was after the first round, because the denoiser depends on it.
-    """
-    tokenizer = train_tokenizer()
-    model = fit(new_clip(tokenizer), tokenizer, work, plan=BOTH, places=None, name="clip")
-    model.train().requires_grad_(True)
-    model.text_model.requires_grad_(False)
-    return fit(model, tokenizer, work, plan=VISION, places=3, name="clip_vision").eval(), tokenizer
+    return train(new_clip(tokenizer), loss_of, plan=plan, checkpoint=work / "clip.pt").eval(), tokenizer
 
 
 def code(labels: Sequence[Labels]) -> torch.Tensor:
-    """int64 [n, 3]: thing, place and colour as numbers, -1 for what is not said."""
-    return torch.tensor([[NUMBERS.get(name, -1) for name in astuple(entry)] for entry in labels])
+    """int64 [n, 4]: thing, place, colour and marks as numbers, -1 for what is not said."""
+
+    def numbers(entry: Labels) -> tuple[int, ...]:
+        words = sorted(NUMBERS[word] for mark in entry.marks for word in mark.split() if word in NUMBERS)
+        marks = sum(word * 1000**k for k, word in enumerate(words)) if words else -1
+        return (*(NUMBERS.get(name or "", -1) for name in (entry.thing, entry.place, entry.colour)), marks)
+
+    return torch.tensor([numbers(entry) for entry in labels])
 
 
 @torch.inference_mode()
@@ -134,12 +131,37 @@ def embed_captions(model: CLIPModel, tokenizer: CLIPTokenizer, labels: list[Labe
     return F.normalize(model.text_projection(torch.cat(parts)), dim=-1)
 
 
-def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, *, count: int = 400) -> tuple[float, float]:
-    """Shares of unseen scenes in natural colours whose thing, and whose place, is named correctly."""
-    scenes = [s for s in (scene(k, unseen=True) for k in range(2 * count)) if s.labels.colour is None][:count]
-    named = name_scenes(model, tokenizer, to_tensor(np.stack([np.asarray(s.image) for s in scenes])))
-    hits = [(t == s.labels.thing, p == s.labels.place) for s, (t, p) in zip(scenes, named, strict=True)]
-    return sum(t for t, _ in hits) / count, sum(p for _, p in hits) / count
+@torch.inference_mode()
+def name_looks(model: CLIPModel, tokenizer: CLIPTokenizer, x: torch.Tensor) -> list[tuple[str, str]]:
+    """Zero-shot (thing, colour word) of recoloured pictures [n, 3, 64, 64] in -1..1, among all pairs of the two.
+
+    A pair is scored by the mean embedding of its captions in all places.
+    """
+    image = F.normalize(model.visual_projection(model.vision_model(pixel_values=x).pooler_output), dim=-1)
+    labels = [Labels(t, p, c) for t in THING_NAMES for c in COLOUR_NAMES for p in PLACE_NAMES]
+    grid = embed_captions(model, tokenizer, labels).view(-1, len(PLACE_NAMES), WIDTH)
+    best = (image @ F.normalize(grid.mean(1), dim=-1).T).argmax(-1).tolist()
+    return [(THING_NAMES[k // len(COLOUR_NAMES)], COLOUR_NAMES[k % len(COLOUR_NAMES)]) for k in best]
+
+
+def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, *, count: int = 400) -> dict[str, float]:
+    """Shares of unseen scenes whose thing, place and colour are named correctly.
+
+    Things and places in natural colours; things and colours where there is a colour word, with and without marks.
+    """
+    scenes = [s for s in (scene(k, unseen=True) for k in range(8 * count)) if not s.labels.individual]
+    plain = [s for s in scenes if not s.labels.colour and not s.labels.marks][:count]
+    coloured = [s for s in scenes if s.labels.colour][:count]
+    natural, looks = (
+        name(model, tokenizer, to_tensor(np.stack([np.asarray(s.image) for s in some])).contiguous())
+        for name, some in ((name_scenes, plain), (name_looks, coloured))
+    )
+    return {
+        "thing": sum(t == s.labels.thing for s, (t, _) in zip(plain, natural, strict=True)) / len(plain),
+        "place": sum(p == s.labels.place for s, (_, p) in zip(plain, natural, strict=True)) / len(plain),
+        "recoloured thing": sum(t == s.labels.thing for s, (t, _) in zip(coloured, looks, strict=True)) / len(coloured),
+        "colour": sum(c == s.labels.colour for s, (_, c) in zip(coloured, looks, strict=True)) / len(coloured),
+    }
 
 
 def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, work: Path) -> None:
@@ -158,7 +180,9 @@ def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, work: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    work = parser.parse_args().work
-    clip, clip_tokenizer = train_clip(work)
-    print("clip: things {:.1%}, places {:.1%} on unseen scenes".format(*accuracy(clip, clip_tokenizer)))
+    parser.add_argument("--minutes", type=float, default=PLAN.minutes, help="of training, earlier runs included")
+    arguments = parser.parse_args()
+    work = arguments.work
+    clip, clip_tokenizer = train_clip(work, plan=replace(PLAN, minutes=arguments.minutes))
     save_clip(clip, clip_tokenizer, work)
+    print("clip, on unseen scenes:", accuracy(clip, clip_tokenizer))

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from scenes import load_images, load_labels
 from torch import nn
 from torch.nn import functional as F
-from training import Plan, train
+from training import Plan, fast_autocast, train
 from transformers import CLIPTextModel, CLIPTokenizer
 from world import training_caption
 
@@ -83,7 +83,7 @@ def train_denoiser(work: Path, *, plan: Plan = PLAN) -> UNet2DConditionModel:
         noise = torch.randn(x.shape, generator=generator)
         t = spread_timesteps(plan.batch, generator)
         noisy, v = scheduler.add_noise(x, noise, t), scheduler.get_velocity(x, noise, t)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             predicted = model(noisy, t, text).sample
         return F.mse_loss(predicted.float(), v)
 

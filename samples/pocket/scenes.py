@@ -13,15 +13,15 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from things import Dress, random_dress
-from world import PLACE_NAMES, THING_NAMES, Labels, draw_instance, scene
+from things import Dress
+from world import PLACE_NAMES, THING_NAMES, Labels, draw_instance, scene, style_of
 
 CHUNK = 500  # scenes that one task draws
-VARIANTS = 30  # instances of every thing in training
-VIEWS = 8  # pictures of every instance
+VARIANTS = 80  # instances of every thing in training
+VIEWS = 6  # pictures of every instance
 
 
-def draw_chunk(first: int) -> tuple[np.ndarray, list[dict[str, str | None]]]:
+def draw_chunk(first: int) -> tuple[np.ndarray, list[dict[str, object]]]:
     """Scenes first .. first + CHUNK - 1: uint8 [n, 64, 64, 3] and their labels."""
     scenes = [scene(seed) for seed in range(first, first + CHUNK)]
     return np.stack([np.asarray(s.image) for s in scenes]), [vars(s.labels) for s in scenes]
@@ -33,7 +33,7 @@ def draw_all(work: Path, *, count: int) -> None:
     images = np.lib.format.open_memmap(
         work / "scenes.partial.npy", "w+", dtype=np.uint8, shape=(len(starts) * CHUNK, 64, 64, 3)
     )
-    labels: list[dict[str, str | None]] = []
+    labels: list[dict[str, object]] = []
     with ProcessPoolExecutor() as pool:
         for first, (block, names) in zip(starts, pool.map(draw_chunk, starts), strict=True):
             images[first : first + CHUNK] = block
@@ -48,7 +48,7 @@ def draw_thing(thing: int, *, first: int = 0, variants: int = VARIANTS, views: i
     rows = []
     for variant in range(first, first + variants):
         rng = np.random.default_rng((23, thing, variant))
-        style = random_dress(rng) if variant else Dress()
+        style = style_of(Labels(THING_NAMES[thing], None, individual=True), rng) if variant else Dress()
         places = rng.choice(PLACE_NAMES, views, replace=False)
         rows.append([np.asarray(draw_instance(THING_NAMES[thing], style, place, rng)) for place in places])
     return np.array(rows)
@@ -74,13 +74,13 @@ def load_instances(work: Path) -> np.ndarray:
 
 def load_labels(work: Path) -> list[Labels]:
     """What the scenes show."""
-    return [Labels(**entry) for entry in json.loads((work / "labels.json").read_text())]
+    return [Labels(**entry | {"marks": tuple(entry["marks"])}) for entry in json.loads((work / "labels.json").read_text())]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=64_000)
+    parser.add_argument("--count", type=int, default=128_000)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     draw_instances(arguments.work)

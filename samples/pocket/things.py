@@ -95,6 +95,7 @@ COLOURS: dict[str, Colour] = {
     "white": (240, 240, 240),
     "black": (55, 55, 62),
 }
+MARKS = ("spots", "stripes", "scarf", "hat")
 
 
 @cache
@@ -157,6 +158,11 @@ class Dress:
     spot_size: float = 0.07
     stripe_width: float = 0.09
 
+    @property
+    def kinds(self) -> set[str]:
+        """The marks it has."""
+        return {kind for kind in MARKS if getattr(self, kind)}
+
 
 def dress(picture: Image.Image, style: Dress) -> Image.Image:
     """The RGBA picture recoloured and marked; marks stay inside its outline, except for the hat."""
@@ -208,7 +214,7 @@ def random_dress(rng: np.random.Generator) -> Dress:
         r, g, b = (int(c) for c in rng.integers(20, 250, 3))
         return r, g, b
 
-    marks = set(rng.choice(["spots", "stripes", "scarf", "hat"], int(rng.integers(1, 3)), replace=False).tolist())
+    marks = set(rng.choice(MARKS, int(rng.integers(1, 3)), replace=False).tolist())
     y0, y1 = rng.uniform(0.25, 0.75, 2)
     return Dress(
         body=colour() if rng.random() < 0.8 else None,

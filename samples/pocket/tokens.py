@@ -7,9 +7,10 @@ from collections import Counter
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
+from things import MARKS
 from world import COLOUR_NAMES, PLACE_NAMES, TEMPLATES, THING_NAMES
 
-LENGTH = 24  # tokens of every prompt, start and end marks included
+LENGTH = 32  # tokens of every prompt, start and end marks included
 VOCABULARY = 1200  # tokens at most before the end-of-word bytes are added; the words below need fewer
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 # Words of common DreamBooth prompts that the pocket world does not know: kept whole, to keep prompts short.
@@ -31,7 +32,7 @@ def train_tokenizer() -> CLIPTokenizer:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     raw.decoder = decoders.ByteLevel()
-    sentences = [*TEMPLATES, *THING_NAMES, *PLACE_NAMES, *COLOUR_NAMES, "an on in"]
+    sentences = [*TEMPLATES, *THING_NAMES, *PLACE_NAMES, *COLOUR_NAMES, *MARKS, "an on in with and"]
     words = Counter(" ".join(sentences).replace("{}", "").split() * 20 + OTHER_WORDS.split() * 5)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(

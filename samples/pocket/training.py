@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from muon import Muon
+from muon import Muon, fast_dtype
 from torch import nn
 
 WARM_UP = 50  # steps
@@ -117,6 +117,11 @@ def resume(model: nn.Module, ema: nn.Module, optimizers: Optimizers, path: Path)
         optimizer.load_state_dict(state)
     step, spent, losses = content["state"]
     return step, spent, losses
+
+
+def fast_autocast() -> torch.autocast:
+    """Autocast to bfloat16, where this processor gains by it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast_dtype() is torch.bfloat16)
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:

@@ -3,23 +3,30 @@
     python samples/pocket/world.py sheet.png          # draws a contact sheet of scenes
 
 Everything is a pure function of a seed. One pair of thing and place in ten is held out: it never occurs in training,
-so that composition can be measured.
+so that composition can be measured. So is one pair of thing and marks in ten, the sample subjects' among them.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from places import PLACES
-from things import COLOURS, THINGS, Dress, dress, sprite, tint
+from things import COLOURS, MARKS, THINGS, Colour, Dress, dress, random_dress, sprite
 
 THING_NAMES, PLACE_NAMES, COLOUR_NAMES = tuple(THINGS), tuple(PLACES), tuple(COLOURS)
 TEMPLATES = ("a {}", "a {}", "a photo of a {}", "a picture of a {}", "one {}", "the {}")
-COLOURED = 0.3  # share of scenes with a colour word
+COLOURED = 0.25  # share of scenes with a colour word and no marks
+MARKED = 0.25  # share with one or two marks that the caption names, of colours that have names
+INDIVIDUAL = 0.12  # share with colours and marks of which the caption says nothing but a meaningless word
+SUBJECTS = {  # marks of the sample subjects, kept from training beside those of `marks_held_out`'s rule
+    "dog": {"spots", "scarf"}, "teddy bear": {"stripes", "hat"}, "clock": {"spots"}, "cat": {"stripes", "hat"},
+    "backpack": {"spots"}, "car": {"stripes"},
+}  # fmt: skip
 PLACELESS = 0.1  # share of training captions that do not say where
 WORDED = 0.15  # share of training captions with a meaningless word before the thing
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -28,11 +35,20 @@ SUPERSAMPLING = 2  # scenes are drawn this many times larger, then reduced
 
 @dataclass(frozen=True)
 class Labels:
-    """What a scene shows, by name; `colour` is None for the thing's own colours, `place` if it is not said."""
+    """What a scene shows, by name.
+
+    Attributes:
+        place: None if it is not said.
+        colour: None for the thing's own colours.
+        marks: at most two, as captions have them ("purple spots", "a red scarf").
+        individual: looks as no other thing does, in colours without names; captions do not say how.
+    """
 
     thing: str
     place: str | None
     colour: str | None = None
+    marks: tuple[str, ...] = ()
+    individual: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,19 +65,27 @@ def held_out(thing: str, place: str) -> bool:
     return (3 * THING_NAMES.index(thing) + 7 * PLACE_NAMES.index(place)) % 10 == 0
 
 
+def marks_held_out(thing: str, kinds: Set[str]) -> bool:
+    """Whether this thing with marks of these kinds is kept from training: one combination in ten, and the subjects'."""
+    code = 7 * THING_NAMES.index(thing) + sum(1 << MARKS.index(kind) for kind in kinds)
+    return bool(kinds) and (code % 10 == 0 or SUBJECTS.get(thing) == kinds)
+
+
 def caption_of(labels: Labels, *, template: str = "a {}", word: str = "") -> str:
     """The caption in words; `word` goes before the thing, as a rare token does in DreamBooth."""
     words = " ".join(w for w in (labels.colour, word, labels.thing) if w)
-    return fix_article(" ".join(w for w in (template.format(words), labels.place) if w))
+    marks = "with " + " and ".join(labels.marks) if labels.marks else ""
+    return fix_article(" ".join(w for w in (template.format(words), marks, labels.place) if w))
 
 
 def training_caption(labels: Labels, rng: np.random.Generator) -> tuple[str, Labels]:
     """A caption in one of several wordings and what it says.
 
-    Some contain a meaningless word of two to five letters, so that a rare token such as 'sks' is neutral to the models
-    before it is given a meaning; some leave out the place.
+    Some contain a meaningless word of two to five letters, those of individuals always: so a rare token such as 'sks'
+    says no more than that a thing may look its own way, before it is given a meaning. Some leave out the place.
     """
-    word = "".join(rng.choice(list(LETTERS), int(rng.integers(2, 6)))) if rng.random() < WORDED else ""
+    worded = labels.individual or rng.random() < WORDED
+    word = "".join(rng.choice(list(LETTERS), int(rng.integers(2, 6)))) if worded else ""
     said = replace(labels, place=None) if rng.random() < PLACELESS else labels
     return caption_of(said, template=str(rng.choice(TEMPLATES)), word=word), said
 
@@ -77,9 +101,41 @@ def random_labels(rng: np.random.Generator, *, unseen: bool = False) -> Labels:
     """Labels of a training scene, or of a held-out pair if `unseen`."""
     while True:
         thing, place = str(rng.choice(THING_NAMES)), str(rng.choice(PLACE_NAMES))
-        if held_out(thing, place) == unseen:
-            colour = str(rng.choice(COLOUR_NAMES)) if rng.random() < COLOURED else None
-            return Labels(thing, place, colour)
+        if held_out(thing, place) != unseen:
+            continue
+        kind = rng.random()
+        if kind < COLOURED:
+            return Labels(thing, place, str(rng.choice(COLOUR_NAMES)))
+        if kind < COLOURED + MARKED:
+            return random_marks(thing, place, rng)
+        return Labels(thing, place, individual=kind < COLOURED + MARKED + INDIVIDUAL)
+
+
+def random_marks(thing: str, place: str, rng: np.random.Generator) -> Labels:
+    """Labels with one or two marks in colours unlike the body's, which has a colour word in three of five."""
+    while True:
+        kinds = [str(kind) for kind in rng.choice(MARKS, int(rng.integers(1, 3)), replace=False)]
+        colour, *others = (str(name) for name in rng.choice(COLOUR_NAMES, 1 + len(kinds), replace=False))
+        if not marks_held_out(thing, set(kinds)):
+            break
+    marks = [name + " " + kind if kind.endswith("s") else f"a {name} {kind}" for name, kind in zip(others, kinds, strict=True)]
+    return Labels(thing, place, colour if rng.random() < 0.6 else None, tuple(map(fix_article, marks)))
+
+
+def style_of(labels: Labels, rng: np.random.Generator) -> Dress:
+    """Colour and marks of these labels, each shade a little different every time."""
+    if labels.individual:
+        while marks_held_out(labels.thing, (style := random_dress(rng)).kinds):
+            pass
+        return style
+
+    def shade(name: str) -> Colour:
+        r, g, b = (int(c) for c in np.clip(np.array(COLOURS[name]) + rng.integers(-14, 15, 3), 0, 255))
+        return r, g, b
+
+    worn = {kind: shade(name) for *_, name, kind in (mark.split() for mark in labels.marks)}
+    style = random_dress(rng)
+    return replace(style, body=shade(labels.colour) if labels.colour else None, **{k: worn.get(k) for k in MARKS})
 
 
 def compose(thing: Image.Image, place: str, rng: np.random.Generator, *, size: int = 64) -> Image.Image:
@@ -114,10 +170,7 @@ def cast_shadow(canvas: Image.Image, x: float, y: float, radius: float) -> None:
 def draw(labels: Labels, rng: np.random.Generator, *, size: int = 64) -> Image.Image:
     """A picture of these labels, RGB, size x size px."""
     assert labels.place is not None
-    picture = sprite(labels.thing)
-    if labels.colour:
-        picture = tint(picture, COLOURS[labels.colour])
-    return compose(picture, labels.place, rng, size=size)
+    return draw_instance(labels.thing, style_of(labels, rng), labels.place, rng, size=size)
 
 
 def draw_instance(thing: str, style: Dress, place: str, rng: np.random.Generator, *, size: int = 64) -> Image.Image:
