@@ -1,19 +1,24 @@
 """Teach a diffusion model a subject with DeLoRA: the public names."""
 
-from .adapter_file import Adapter, AdapterFileError, read_adapter, write_adapter
-from .inject import (
-    active_delora_adapters,
-    delora_disabled,
-    inject_delora,
-    remove_delora,
-    set_delora_adapters,
+from .adapters.adapter import Adapter, write_adapter
+from .adapters.peft import PeftFormatError
+from .adapters.read import read_adapter
+from .adapters.safetensors_file import AdapterFileError
+from .export.lora import ExportReport, export_lora
+from .export.lora_names import LoraError
+from .export.peft_folder import export_peft
+from .export.verify import VerifyReport, verify_lora
+from .method.config import DeloraConfig, DeloraConfigError
+from .method.inject import active_delora_adapters, delora_disabled, inject_delora, remove_delora, set_delora_adapters
+from .method.merge import MergeReport, merge_delora, unmerge_delora
+from .method.state import (
+    StateReport,
+    delora_state_dict,
+    load_delora_state_dict,
+    print_trainable_parameters,
+    update_norms,
 )
-from .lora_file import ExportReport, export_lora
-from .lora_names import LoraError
-from .merge import MergeReport, merge_delora, unmerge_delora
 from .model import DeloraModel
-from .peft_file import export_peft
-from .peft_format import PeftFormatError
 from .pipeline import (
     LoadReport,
     delete_adapters,
@@ -28,9 +33,6 @@ from .pipeline import (
     unfuse_delora,
     unload_delora_weights,
 )
-from .state import StateReport, delora_state_dict, load_delora_state_dict, print_trainable_parameters, update_norms
-from .targets import DeloraConfig, DeloraConfigError
-from .verify import VerifyReport, verify_lora
 
 __all__ = [
     "Adapter",

@@ -14,26 +14,27 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .adapter_file import AdapterFileError, read_adapter
-from .base import quiet_libraries
-from .base_error import BaseModelError
-from .benchmark import benchmark
-from .card import push_to_hub
-from .config import DrawingConfig, SamplingConfig
-from .evaluate import evaluate
-from .evaluation_config import BenchmarkConfig, EvaluationConfig, MeasuringConfig
+from .adapters.read import read_adapter
+from .adapters.safetensors_file import AdapterFileError
+from .atomic import complete_file
+from .base.checks import BaseModelError
+from .console import quiet_libraries
+from .evaluation.benchmark import benchmark
+from .evaluation.config import BenchmarkConfig, EvaluationConfig, MeasuringConfig
+from .evaluation.evaluate import evaluate
+from .export.config import ExportConfig, InspectionConfig, LoraConfig, MergingConfig, PushConfig, VerifyConfig
+from .export.lora import beside, export_lora, folder_of
+from .export.lora_names import LoraError
+from .export.merged_pipeline import merge_into_base
+from .export.peft_folder import export_peft
+from .export.verify import verify_lora
 from .families import FamilyError
-from .file_config import ExportConfig, InspectionConfig, LoraConfig, MergingConfig, PushConfig, VerifyConfig
-from .files import complete_file
-from .inspection import as_json, as_table, inspect_adapter
-from .inspection_plot import plot_inspections
-from .lora_file import beside, export_lora, folder_of
-from .lora_names import LoraError
-from .merged import merge_into_base
 from .options import OptionError, parse
-from .peft_file import export_peft
-from .sample import sample
-from .verify import verify_lora
+from .reports.card import push_to_hub
+from .reports.inspect import as_json, as_table, inspect_adapter
+from .reports.inspect_plot import plot_inspections
+from .sampling.config import DrawingConfig, SamplingConfig
+from .sampling.sample import sample
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def _export(argv: Sequence[str]) -> None:
         return
     report = export_lora(
         made.adapter, config.output or beside(made.adapter[0], config.format), format=config.format,
-        weights=made.weights[0] if len(made.weights) == 1 else made.weights, rank=config.rank,
+        weights=made.strengths, rank=config.rank,
         dtype=config.lora_dtype, component=made.component, architecture=made.architecture, trigger=config.trigger,
         metadata=config.metadata, allow_partial=config.allow_partial, overwrite=config.overwrite,
     )  # fmt: skip
@@ -113,7 +114,7 @@ def _verify(argv: Sequence[str]) -> None:
     title = "Compare a LoRA file or PEFT folder with the adapters it was exported from."
     made, config = parse(argv, LoraConfig, VerifyConfig, prog="delora verify", description=title)
     report = verify_lora(
-        config.file, made.adapter, weights=made.weights[0] if len(made.weights) == 1 else made.weights,
+        config.file, made.adapter, weights=made.strengths,
         component=made.component, architecture=made.architecture,
     )  # fmt: skip
     log.info("%s", report)

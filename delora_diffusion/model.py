@@ -1,10 +1,10 @@
 """`DeloraModel`: any `nn.Module` with adapters, in PEFT's manner.
 
-    model = DeloraModel(AutoModelForCausalLM.from_pretrained(name), DeloraConfig(r=16, delora_lambda=8.0))
-    model.print_trainable_parameters()
-    ... train it; it is called as the model it wraps ...
-    model.save_pretrained("my-adapter")                                   # a folder that PEFT opens as well
-    model = DeloraModel.from_pretrained(base, "my-adapter").merge_and_unload()
+model = DeloraModel(AutoModelForCausalLM.from_pretrained(name), DeloraConfig(r=16, delora_lambda=8.0))
+model.print_trainable_parameters()
+... train it; it is called as the model it wraps ...
+model.save_pretrained("my-adapter")                                   # a folder that PEFT opens as well
+model = DeloraModel.from_pretrained(base, "my-adapter").merge_and_unload()
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import inject, state
-from .adapter_file import Adapter, read_adapter
-from .architectures import with_targets
-from .delora import DeloraLayer
-from .matching import part_for
-from .merge import MergeReport, merge_delora, unmerge_delora
-from .peft_file import write_peft
-from .peft_format import check_expressible
-from .targets import DeloraConfig
+from .adapters.adapter import Adapter
+from .adapters.assign import part_for
+from .adapters.peft import check_expressible
+from .adapters.read import read_adapter
+from .export.peft_folder import write_peft
+from .method import inject, state
+from .method.architectures import with_targets
+from .method.block_weights import listed
+from .method.config import DeloraConfig
+from .method.delora import DeloraLayer
+from .method.merge import MergeReport, merge_delora, unmerge_delora
 
 
 class DeloraModel(nn.Module):
@@ -133,7 +135,7 @@ class DeloraModel(nn.Module):
     def set_adapter(self, names: str | Sequence[str], *, trainable: bool = True) -> None:
         """Make exactly these adapters act, at strength 1; they are trained, and no others, unless not `trainable`."""
         inject.set_delora_adapters(self.base_model, names)
-        acting = [names] if isinstance(names, str) else list(names)
+        acting = listed(names)
         for name in self.adapter_names:
             for p in self._parameters_of(name):
                 p.requires_grad_(trainable and name in acting)

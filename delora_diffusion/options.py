@@ -16,7 +16,7 @@ import typing
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
 
@@ -25,9 +25,23 @@ class OptionError(ValueError):
     """An option that cannot be used; the message names it, says what was found and what to do."""
 
 
-def option(default: Any, help: str, *, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field that is an option. `default` is a value, or a list or dict that is copied."""
-    metadata = {"help": help, "choices": choices}
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    resume: Literal["same", "free"] = "same",
+    figures: Literal["same", "free"] = "same",
+) -> Any:
+    """A dataclass field that is an option.
+
+    Args:
+        default: a value, or a list or dict that is copied.
+        resume: "free" where a run may be continued with another value: it does not change what a step computes, or
+            what it stands for (base, photos) is compared by content.
+        figures: "free" where figures measured with another value can be compared.
+    """
+    metadata = {"help": help, "choices": choices, "resume": resume, "figures": figures}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -109,6 +123,12 @@ def to_table(*groups: type) -> str:
             meaning = _meaning(field).replace("|", r"\|")  # a bare | would end the cell
             lines.append(f"| `--{field.name}` | {shown} | {meaning} |")
     return "\n".join(lines)
+
+
+def options_with(*groups: type, **properties: str) -> set[str]:
+    """Names of the options that were declared with these properties, e.g. `resume="free"`."""
+    fields = [field for group in groups for field in dataclasses.fields(group)]
+    return {f.name for f in fields if all(f.metadata[name] == value for name, value in properties.items())}
 
 
 def _fields(groups: Sequence[type]) -> dict[str, tuple[type, dataclasses.Field[Any]]]:

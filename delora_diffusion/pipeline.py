@@ -20,14 +20,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import inject, merge
-from .adapter_file import Adapter, read_adapter, write_adapter
-from .block_weights import Weight, component_weight, one_each
-from .delora import DeloraLayer
-from .families import family_of
-from .matching import assign
-from .single_file import is_single_file, open_single_file
-from .state import StateReport, delora_state_dict, load_delora_state_dict
+from .adapters.adapter import Adapter, write_adapter
+from .adapters.assign import assign
+from .adapters.read import read_adapter
+from .adapters.sources import collect, components, live_modules, unwrapped
+from .base.single_file import is_single_file, open_single_file
+from .method import inject, merge
+from .method.block_weights import Weight, component_weight, listed, one_each
+from .method.delora import DeloraLayer
+from .method.inject import delora_names
+from .method.state import StateReport, load_delora_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ def load_delora_weights(
     """
     adapter = source if isinstance(source, Adapter) else read_adapter(source, revision=revision)
     parts = assign(components(pipe), adapter, component)
-    taken = {name for module in components(pipe).values() for name in _names(module)}
+    taken = {name for module in components(pipe).values() for name in delora_names(module)}
     if adapter_name is None:
         adapter_name = next(
             n for n in ("default", *(f"default_{i}" for i in range(1, len(taken) + 2))) if n not in taken
@@ -116,7 +118,7 @@ def load_delora_weights(
 def _take_back(pipe: Any, adapter_name: str, acting: Mapping[DeloraLayer, tuple[str, ...]], enabled: bool) -> None:
     """Undo a load that failed: without the new adapter, and with those that acted before."""
     for module in _adapted(pipe).values():
-        if adapter_name in _names(module):
+        if adapter_name in delora_names(module):
             inject.remove_delora(module, adapter_name)
     for layer, active in acting.items():
         layer.active = active
@@ -142,49 +144,6 @@ def save_delora_weights(
     return write_adapter(Path(directory), collect(live_modules(source), adapter_name, provenance=provenance))
 
 
-def collect(
-    modules: Mapping[str, nn.Module],
-    adapter_name: str,
-    *,
-    provenance: Mapping[str, str] | None = None,
-    at_current_weight: bool = True,
-) -> Adapter:
-    """One adapter out of the modules that carry it.
-
-    Args:
-        at_current_weight: at the strength it has now, which a lambda ramp may not have brought to 1 yet.
-    """
-    having = {component: module for component, module in modules.items() if adapter_name in _names(module)}
-    if not having:
-        raise ValueError(f"none of {', '.join(modules)} has an adapter called {adapter_name!r}")
-    tensors = {c: delora_state_dict(m, adapter_name, at_current_weight=at_current_weight) for c, m in having.items()}
-    return Adapter(
-        tensors, {c: inject.delora_config(m, adapter_name) for c, m in having.items()}, dict(provenance or {})
-    )
-
-
-def as_adapter(source: Any, adapter_name: str = "default") -> Adapter:
-    """An adapter from wherever it is: an `Adapter`, what `read_adapter` reads, a pipeline, or live modules.
-
-    Args:
-        adapter_name: which adapter of a pipeline, of modules {component: module}, or of one module (component "").
-    """
-    if isinstance(source, Adapter):
-        return source
-    if isinstance(source, (str, Path)):
-        return read_adapter(source)
-    return collect(live_modules(source), adapter_name)
-
-
-def live_modules(source: Any) -> Mapping[str, nn.Module]:
-    """The modules that can carry an adapter: of a pipeline, {component: module}, or one module; none of a file."""
-    if isinstance(source, (Adapter, str, Path)):
-        return {}
-    if isinstance(source, nn.Module):
-        return {"": source}
-    return source if isinstance(source, Mapping) else components(source)
-
-
 def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequence[Weight] = 1.0) -> None:
     """Make exactly these adapters active, each at its strength: 1 as trained, 0 the base.
 
@@ -196,11 +155,11 @@ def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequen
         ValueError: an unknown name, component or block, a wrong number of weights, or fused adapters. Nothing is
             changed then.
     """
-    names = [names] if isinstance(names, str) else list(names)
+    names = listed(names)
     _check_known(pipe, names)
     wanted, adapted, known = one_each(names, weights), _adapted(pipe), list(components(pipe))
     plan = {
-        component: {n: component_weight(v, component, known) for n, v in wanted.items() if n in _names(module)}
+        component: {n: component_weight(v, component, known) for n, v in wanted.items() if n in delora_names(module)}
         for component, module in adapted.items()
     }
     for component, module in adapted.items():
@@ -219,11 +178,11 @@ def get_active_adapters(pipe: Any) -> list[str]:
 
 def delete_adapters(pipe: Any, names: str | Sequence[str]) -> None:
     """Take these adapters out of the pipeline. Fused ones are unfused first."""
-    names = [names] if isinstance(names, str) else list(names)
+    names = listed(names)
     _check_known(pipe, names)
     for module in _adapted(pipe).values():
         for name in names:
-            if name in _names(module):
+            if name in delora_names(module):
                 inject.remove_delora(module, name)
 
 
@@ -250,15 +209,14 @@ def fuse_delora(
     Raises:
         ValueError, TypeError: see `merge_delora`; the weights are then as they were before the call.
     """
-    names = get_active_adapters(pipe) if adapter_names is None else adapter_names
-    names = [names] if isinstance(names, str) else list(names)
+    names = get_active_adapters(pipe) if adapter_names is None else listed(adapter_names)
     _check_known(pipe, names)
     reports: dict[str, merge.MergeReport] = {}
     layers = [pair for module in _adapted(pipe).values() for pair in inject.adapted_layers(module)]
     fused = {layer: (linear.weight.detach().clone(), layer.merged) for linear, layer in layers if layer.merged}
     try:
         for component, module in _adapted(pipe).items():
-            here = [name for name in names if name in _names(module)]
+            here = [name for name in names if name in delora_names(module)]
             reports[component] = merge.merge_delora(module, here, scale=scale)
     except (ValueError, TypeError):
         for linear, layer in layers:
@@ -316,28 +274,12 @@ def load_pipeline(
     return pipe
 
 
-def components(pipe: Any) -> dict[str, nn.Module]:
-    """The components of a pipeline that can carry an adapter, by name."""
-    found = {name: getattr(pipe, name, None) for name in family_of(pipe).components()}
-    return {name: unwrapped(module) for name, module in found.items() if isinstance(module, nn.Module)}
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself, where `torch.compile(module)` has put a wrapper around it that renames its layers."""
-    inner = getattr(module, "_orig_mod", module)
-    return inner if isinstance(inner, nn.Module) else module
-
-
 def _adapted(pipe: Any) -> dict[str, nn.Module]:
-    return {name: module for name, module in components(pipe).items() if _names(module)}
-
-
-def _names(module: nn.Module) -> list[str]:
-    return inject.delora_names(module)
+    return {name: module for name, module in components(pipe).items() if delora_names(module)}
 
 
 def _check_known(pipe: Any, names: Sequence[str]) -> None:
-    known = {name for module in components(pipe).values() for name in _names(module)}
+    known = {name for module in components(pipe).values() for name in delora_names(module)}
     for name in names:
         if name not in known:
             raise ValueError(f"no adapter is called {name!r}; loaded are: {', '.join(sorted(known)) or '(none)'}")

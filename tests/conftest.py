@@ -1,15 +1,18 @@
-"""Fixtures shared by the suite: one tiny base model on disk, and photos."""
+"""Fixtures shared by the suite: one tiny base model on disk, photos, and the training script on both."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: the suite never asks the network
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from . import tiny
+from .runs import Run, arguments, load_script
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +28,23 @@ def photos(tmp_path: Path) -> Path:
     """Folder with three photos."""
     tiny.photos(tmp_path / "photos")
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def run(base: Path, photos: Path, tmp_path: Path, fresh_accelerator: None) -> Run:
+    """Train into tmp_path / name and expect an exit code."""
+
+    def train(name: str, *extra: object, code: int = 0) -> Path:
+        AcceleratorState._reset_state(True)
+        out = tmp_path / name
+        assert load_script().main(arguments(base, photos, out, *extra)) == code
+        return out
+
+    return train

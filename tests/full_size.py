@@ -10,7 +10,8 @@ import diffusers as d
 import torch
 
 from delora_diffusion.families import FAMILIES
-from delora_diffusion.targets import DeloraConfig, excluding, target_linears
+from delora_diffusion.method.config import DeloraConfig
+from delora_diffusion.method.targets import excluding, target_linears
 
 _SD3 = {
     "pos_embed_max_size": 384, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": "rms_norm",

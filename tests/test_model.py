@@ -24,15 +24,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from delora_diffusion import (
-    AdapterFileError,
-    DeloraConfig,
-    DeloraConfigError,
-    DeloraModel,
-    save_delora_weights,
-)
-from delora_diffusion.architectures import TARGETS, with_targets
-from delora_diffusion.inject import delora_adapters
+from delora_diffusion import AdapterFileError, DeloraConfig, DeloraConfigError, DeloraModel, save_delora_weights
+from delora_diffusion.method.architectures import TARGETS, with_targets
+from delora_diffusion.method.inject import delora_adapters
 
 TOKENS = torch.randint(0, 32, (2, 6), generator=torch.Generator().manual_seed(0))
 

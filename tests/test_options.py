@@ -10,16 +10,11 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 
-from delora_diffusion.config import (
-    AdapterConfig,
-    DataConfig,
-    DrawingConfig,
-    ModelConfig,
-    SamplingConfig,
-    TrainingConfig,
-    ValidationConfig,
-)
+from delora_diffusion.base.config import ModelConfig
+from delora_diffusion.data.config import DataConfig
 from delora_diffusion.options import OptionError, build, option, parse, read_yaml, to_table, to_yaml
+from delora_diffusion.sampling.config import DrawingConfig, SamplingConfig
+from delora_diffusion.training.config import AdapterConfig, TrainingConfig, ValidationConfig
 
 TRAINING = (ModelConfig, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig)
 SAMPLING = (SamplingConfig, DrawingConfig)

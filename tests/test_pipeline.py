@@ -34,9 +34,9 @@ from delora_diffusion import (
     unload_delora_weights,
     write_adapter,
 )
+from delora_diffusion.adapters.sources import collect, components
 from delora_diffusion.families import FamilyError
-from delora_diffusion.inject import delora_adapters, delora_layers
-from delora_diffusion.pipeline import collect, components
+from delora_diffusion.method.inject import delora_adapters, delora_layers
 
 from . import tiny
 

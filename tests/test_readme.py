@@ -15,18 +15,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from delora_diffusion.base.config import ModelConfig
 from delora_diffusion.cli import main as delora
-from delora_diffusion.config import (
-    AdapterConfig,
-    DataConfig,
-    DrawingConfig,
-    ModelConfig,
-    TrainingConfig,
-    ValidationConfig,
-)
-from delora_diffusion.evaluation_config import EvaluationConfig, MeasuringConfig
-from delora_diffusion.file_config import ExportConfig, LoraConfig, PushConfig
+from delora_diffusion.data.config import DataConfig
+from delora_diffusion.evaluation.config import EvaluationConfig, MeasuringConfig
+from delora_diffusion.export.config import ExportConfig, LoraConfig, PushConfig
 from delora_diffusion.options import build, parse, read_yaml, to_table
+from delora_diffusion.sampling.config import DrawingConfig
+from delora_diffusion.training.config import AdapterConfig, TrainingConfig, ValidationConfig
 
 from .benchmarks import forms
 

@@ -12,88 +12,120 @@ import pytest
 import delora_diffusion
 
 PACKAGE = Path(delora_diffusion.__file__).parent
-LEVELS = (
-    ("targets", "delora", "options", "objective", "families", "latents", "files", "sheet", "seeds", "encoders",
-     "metrics", "prompts", "base_error", "tally"),
-    ("buckets", "layout", "lowrank", "lora_names", "tensor_file", "block_weights", "architectures"),
-    ("single_file", "inject", "config", "report", "peft_format", "spectrum", "lora_header"),
-    ("merge", "state", "data", "evaluation_config", "file_config", "dial_plot", "adapter_file"),
-    ("encode", "checkpoint", "optimizer", "journal", "pictures", "matching", "inspection"),
-    ("pipeline", "batches", "base", "draw", "measure", "watch", "inspection_plot", "run_plot"),
-    ("preview", "card", "train", "peft_file", "updates"),
-    ("sample", "model", "merged", "strengths", "lora_file", "verify", "stages", "memory"),
-    ("evaluate",),
-    ("benchmark",),
+#: Wings, and files beside them, from the ground up. One imports only from rows above its own; inside a wing, files
+#: import each other without a circle.
+FLOORS = (
+    ("atomic", "console", "options", "run_folder", "seeds"),
+    ("method", "families"),
+    ("base", "adapters"),
+    ("pipeline", "data"),
+    ("export", "sampling"),
+    ("reports",),
+    ("model",),
+    ("evaluation",),
+    ("training",),
     ("cli",),
-)  # fmt: skip
-LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
+)
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def imports(source: str, *, depth: int = 0) -> set[str]:
-    """Every module a file imports, anywhere in it, ours as `.name`; what lies in its own folder is not another."""
+def name_of(path: Path) -> str:
+    """A file's dotted name in the package: `method.delora`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {name_of(path) for path in MODULES}
+
+
+def imports(source: str, name: str) -> set[str]:
+    """Every module that a file imports, anywhere in it; ours by dotted names in the package, with a dot in front."""
+    is_package = any(other.startswith(f"{name}.") for other in NAMES)
+    here = name.split(".") if is_package else name.split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and 0 < node.level <= depth:
-            continue
-        elif isinstance(node, ast.ImportFrom) and node.level and node.module is None:
-            found |= {f".{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            stem = [*here[: len(here) - node.level + 1], *(node.module or "").split(".")]
+            start = ".".join(part for part in stem if part)
+            inner = {f"{start}.{alias.name}".lstrip(".") for alias in node.names} & NAMES
+            found |= {f".{module}" for module in inner or {start}}
         elif isinstance(node, ast.ImportFrom):
-            found.add("." * bool(node.level) + (node.module or ""))
-    ours = {f".{name.removeprefix('delora_diffusion.')}" for name in found if name.startswith("delora_diffusion.")}
-    return found | ours
+            found.add(node.module or "")
+    prefix = "delora_diffusion."
+    return {"." + module.removeprefix(prefix) if module.startswith(prefix) else module for module in found}
 
 
-def module_of(path: Path) -> str:
-    """The name in the table; a folder of files is one module."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def upwards(name: str, source: str) -> list[str]:
+    """Our wings that a file imports from although they are not below its own."""
+    wing = name.split(".")[0]
+    others = {module[1:].split(".")[0] for module in imports(source, name) if module.startswith(".")} - {wing}
+    return sorted(other for other in others if FLOOR[other] >= FLOOR[wing])
 
 
-def upwards(module: str, source: str, *, depth: int = 0) -> list[str]:
-    """Our modules that `module` imports although they are not below it."""
-    ours = sorted(name[1:].split(".")[0] for name in imports(source, depth=depth) if name.startswith("."))
-    return [name for name in ours if LEVEL[name] >= LEVEL[module]]
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another in a ring, or none."""
+    left = dict(arrows)
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_a_module_imports_only_from_levels_below(path: Path) -> None:
-    assert module_of(path) in LEVEL, f"give {module_of(path)} a level in this test"
-    depth = len(path.relative_to(PACKAGE).parts) - 1
-    assert upwards(module_of(path), path.read_text(encoding="utf-8"), depth=depth) == []
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_wings_import_only_from_wings_below(path: Path) -> None:
+    name = name_of(path)
+    assert name.split(".")[0] in FLOOR, f"give {name} a floor in this test"
+    assert upwards(name, path.read_text(encoding="utf-8")) == []
 
 
-def test_every_module_of_the_table_exists() -> None:
-    assert set(LEVEL) == set(map(module_of, MODULES))
+@pytest.mark.parametrize("wing", sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()))
+def test_no_wing_has_a_circle_inside(wing: str) -> None:
+    inside = {name_of(path): path for path in MODULES if path.parts[len(PACKAGE.parts)] == wing}
+    arrows = {
+        name: {target[1:] for target in imports(path.read_text(encoding="utf-8"), name)
+               if target[1:] in inside and target[1:] != name}
+        for name, path in inside.items()
+    }  # fmt: skip
+    assert circle(arrows) == []
+
+
+def test_every_floor_of_the_table_exists() -> None:
+    assert set(FLOOR) == {name_of(path).split(".")[0] for path in MODULES}
 
 
 @pytest.mark.parametrize(
-    "module, source, found",
+    "name, source, found",
     [
-        ("data", "from .encode import Cache", ["encode"]),
-        ("data", "def f():\n    from .pipeline import x", ["pipeline"]),
-        ("inject", "from . import delora, merge", ["merge"]),
-        ("state", "import delora_diffusion.train", ["train"]),
-        ("state", "from delora_diffusion.merge import x", ["merge"]),
-        ("state", "from .inject import x\nimport torch", []),
+        ("data.photos", "from .encode import Cache", []),
+        ("data.photos", "def f():\n    from ..pipeline import x", ["pipeline"]),
+        ("method.inject", "from ..base import load", ["base"]),
+        ("method.state", "import delora_diffusion.training.loop", ["training"]),
+        ("base.load", "from delora_diffusion.adapters.read import x", ["adapters"]),
+        ("pipeline", "from .method import inject\nimport torch", []),
     ],
 )
-def test_an_import_upwards_or_sideways_would_be_seen(module: str, source: str, found: list[str]) -> None:
-    assert upwards(module, source) == found
+def test_an_import_upwards_or_sideways_would_be_seen(name: str, source: str, found: list[str]) -> None:
+    assert upwards(name, source) == found
 
 
-def test_a_folder_is_one_module() -> None:
-    assert upwards("families", "from .family import Family\nfrom ..seeds import x", depth=1) == ["seeds"]
+def test_a_circle_would_be_seen() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
-@pytest.mark.parametrize("path", [*MODULES, PACKAGE / "__init__.py"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*MODULES, PACKAGE / "__init__.py"], ids=name_of)
 def test_a_module_needs_neither_peft_nor_torchvision_nor_the_tests(path: Path) -> None:
-    roots = {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8")) if not name.startswith(".")}
+    roots = {
+        name.split(".")[0]
+        for name in imports(path.read_text(encoding="utf-8"), name_of(path))
+        if not name.startswith(".")
+    }
     assert not roots & {"peft", "torchvision", "tests", "train_scripts", "samples"}
 
 
-@pytest.mark.parametrize("path", [*MODULES, PACKAGE / "__init__.py"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*MODULES, PACKAGE / "__init__.py"], ids=name_of)
 def test_a_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 

@@ -20,32 +20,42 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from delora_diffusion.base import check_output, clear_output, listed_in, quiet_libraries
-from delora_diffusion.base_error import BaseModelError
-from delora_diffusion.batches import Examples
-from delora_diffusion.card import figure_table, push_to_hub, write_card
-from delora_diffusion.checkpoint import CheckpointError
-from delora_diffusion.config import AdapterConfig, DataConfig, ModelConfig, TrainingConfig, ValidationConfig
-from delora_diffusion.data import DataError, instance_examples, read_prompts, told_sizes
-from delora_diffusion.encode import fingerprint
-from delora_diffusion.encoders import EncoderError
+from delora_diffusion.base.checks import BaseModelError
+from delora_diffusion.base.config import ModelConfig
+from delora_diffusion.base.load import listed_in
+from delora_diffusion.base.objective import ObjectiveError, TimestepSampling, objective_of
+from delora_diffusion.console import quiet_libraries
+from delora_diffusion.data.config import DataConfig
+from delora_diffusion.data.encode import fingerprint
+from delora_diffusion.data.photos import DataError, instance_examples, told_sizes
+from delora_diffusion.data.prompts import read_prompts
+from delora_diffusion.evaluation.choose import strength_text
+from delora_diffusion.evaluation.encoders import EncoderError
+from delora_diffusion.evaluation.scores import METRICS, photo_figures
+from delora_diffusion.export.lora import export_lora
+from delora_diffusion.export.lora_names import LoraError
 from delora_diffusion.families import FamilyError, check_trainable
-from delora_diffusion.inject import delora_disabled, inject_delora
-from delora_diffusion.journal import Look, figures_by_step, read_log
-from delora_diffusion.lora_file import export_lora
-from delora_diffusion.lora_names import LoraError
-from delora_diffusion.memory import Plan, announce
-from delora_diffusion.objective import ObjectiveError, TimestepSampling, objective_of
+from delora_diffusion.method.config import ALL_LINEAR, PRESETS, DeloraConfig, DeloraConfigError
+from delora_diffusion.method.inject import delora_disabled, inject_delora
+from delora_diffusion.method.targets import excluding, target_linears
 from delora_diffusion.options import OptionError, parse, to_yaml
 from delora_diffusion.pipeline import save_delora_weights
-from delora_diffusion.preview import Rows, before_after, draw_unrelated, preview
-from delora_diffusion.run_plot import plot_run
+from delora_diffusion.reports.card import push_to_hub, write_card
+from delora_diffusion.reports.table import figure_table
+from delora_diffusion.run_folder import RunFolder
 from delora_diffusion.seeds import derived_seed
-from delora_diffusion.stages import begin, prepare
-from delora_diffusion.strengths import SHEET, draw_strengths, strength_text
-from delora_diffusion.targets import ALL_LINEAR, PRESETS, DeloraConfig, DeloraConfigError, excluding, target_linears
-from delora_diffusion.train import Interrupted, TrainingError, options_of, train
-from delora_diffusion.watch import Watch, figures_of_photos, load_gauge, protocol_of, read_best
+from delora_diffusion.training.best import Best, preview_protocol, preview_scorer, read_best
+from delora_diffusion.training.checkpoint import CheckpointError
+from delora_diffusion.training.config import AdapterConfig, TrainingConfig, ValidationConfig
+from delora_diffusion.training.log import PreviewResult, figures_by_step, read_log
+from delora_diffusion.training.loop import Interrupted, TrainingError, options_of, train
+from delora_diffusion.training.loss import Examples
+from delora_diffusion.training.memory import Plan, announce
+from delora_diffusion.training.output import check_output, clear_output
+from delora_diffusion.training.plot import plot_run
+from delora_diffusion.training.prepare import begin, prepare
+from delora_diffusion.training.preview import Rows, before_after, draw_unrelated, preview
+from delora_diffusion.training.strength_sheet import draw_strengths
 
 GROUPS = (ModelConfig, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig)
 KNOWN_ERRORS = (OptionError, DataError, BaseModelError, EncoderError, DeloraConfigError, ObjectiveError, FamilyError,
@@ -90,10 +100,7 @@ def run(
         )  # fmt: skip
 
     # ---- load and encode; what only encodes is gone before the denoiser comes
-    gauge = load_gauge(
-        [e.path for e in instances], dino=validation.validation_dino, clip=validation.validation_clip,
-        holdout=validation.validation_holdout_dir, token=validation.trigger_token,
-    ) if measuring and main else None  # fmt: skip
+    scorer = preview_scorer(validation, [e.path for e in instances]) if measuring and main else None
     base = prepare(
         pipe, family, model=model, data=data, validation=validation, instances=instances,
         train_text=adapter.train_text_encoder, seed=seed, accelerator=accelerator,
@@ -126,7 +133,7 @@ def run(
     accelerator.wait_for_everyone()
 
     def world_pictures() -> list[Image.Image]:
-        return draw_unrelated(pipe, validation, texts.unrelated, size=data.resolution, seed=seed) if gauge else []
+        return draw_unrelated(pipe, validation, texts.unrelated, size=data.resolution, seed=seed) if scorer else []
 
     with accelerator.autocast(), contextlib.ExitStack() as as_base:
         for module in modules.values():
@@ -136,24 +143,25 @@ def run(
                   "family": family.name, "seed": str(seed), "instance_prompt": data.instance_prompt or "",
                   "resolution": str(data.resolution), "pipeline": type(pipe).__name__,
                   "prediction_type": str(pipe.scheduler.config.get("prediction_type", ""))}  # fmt: skip
-    watch = Watch(
-        gauge, validation.validation_prompt, base_pictures, out, protocol_of(gauge, validation),
-        validation.keep_best or "balanced", validation.patience,
-        lambda folder, step: save_delora_weights(folder, modules, provenance=provenance | {"steps": str(step)}),
-    ) if gauge else None  # fmt: skip
+    best = Best(
+        scorer=scorer, prompts=validation.validation_prompt, base=base_pictures, folder=out,
+        protocol=preview_protocol(scorer, validation), rule=validation.keep_best or "balanced",
+        patience=validation.patience,
+        save=lambda folder, step: save_delora_weights(folder, modules, provenance=provenance | {"steps": str(step)}),
+    ) if scorer else None  # fmt: skip
     latest: tuple[Rows, list[Image.Image]] = ([], [])
 
-    def show(step: int) -> Look:
+    def show(step: int) -> PreviewResult:
         nonlocal latest
-        look = Look()
+        result = PreviewResult()
         if main and validation.validation_prompt:
             with accelerator.autocast():
                 rows = preview(pipe, out / "previews", step, validation, texts.shown, size=data.resolution, seed=seed)
                 others = base_pictures if step == 0 and adapter.init_weights != "kaiming" else world_pictures()
             latest = rows, others
-            look = watch.look(step, rows, others) if watch else look
-        enough = accelerator.reduce(torch.tensor(float(look.enough), device=device), "sum")  # all wait for it here
-        return replace(look, enough=bool(enough))
+            result = best.measure(step, rows, others) if best else result
+        enough = accelerator.reduce(torch.tensor(float(result.enough), device=device), "sum")  # all wait for it here
+        return replace(result, enough=bool(enough))
 
     options = options_of(model, adapter, data, training, validation)
     if training.report_to:
@@ -185,19 +193,19 @@ def run(
             with accelerator.autocast():
                 measured = draw_strengths(
                     pipe, modules, out, validation, texts.shown, texts.unrelated,
-                    gauge=gauge, base=base_pictures, known=latest, size=data.resolution, seed=seed,
+                    scorer=scorer, base=base_pictures, known=latest, size=data.resolution, seed=seed,
                 )  # fmt: skip
-            text = strength_text(measured, sheet=SHEET)
+            text = strength_text(measured, sheet=RunFolder(out).strength_sheet.name)
             if shown_text := strength_text(measured):
                 log.info("\n%s\n", shown_text)
-            log.info("strength sheet: %s", out / SHEET)
-        best = read_best(out)
-        photos_score = figures_of_photos(gauge, [e.caption for e in instances]) if gauge else {}
+            log.info("strength sheet: %s", RunFolder(out).strength_sheet)
+        kept_best = read_best(out)
+        photos_score = photo_figures(scorer, [e.caption for e in instances]) if scorer else {}
         sheet = before_after(out / "previews", steps, validation,
                              [e.path for e in instances], out / "before_after.png")  # fmt: skip
-        plot = plot_run(out, best=int(best["step"]) if best else None, photos=photos_score)
+        plot = plot_run(out, best=int(kept_best["step"]) if kept_best else None, photos=photos_score)
         pictures = [p for p in (sheet, plot) if p]
-        figures = _figures(out, best, photos_score)
+        figures = _figures(out, kept_best, photos_score)
         if figures:
             log.info("\n%s\n", figures)
         write_card(out, base_model=model.pretrained_model_name_or_path, trigger=data.instance_prompt,
@@ -225,7 +233,7 @@ def _figures(out: Path, best: dict[str, Any] | None, photos: dict[str, float]) -
         rows.insert(1, (f"`best/`, step {best['step']}, kept by {best['rule']}", best))
     if photos:
         rows.append(("the photos themselves", photos))
-    return figure_table(rows, of="previews")
+    return figure_table(rows, METRICS, of="previews")
 
 
 def _denoiser_config(adapter: AdapterConfig, dead: Sequence[str]) -> DeloraConfig:

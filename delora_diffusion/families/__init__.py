@@ -10,6 +10,7 @@ from typing import Any
 
 from .dit import LUMINA2, PIXART, SANA, Z_IMAGE
 from .family import (
+    Architecture,
     Conditioning,
     Family,
     FamilyError,
@@ -24,6 +25,7 @@ from .unet import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 
 __all__ = [
     "FAMILIES",
+    "Architecture",
     "Conditioning",
     "Family",
     "FamilyError",
@@ -33,11 +35,11 @@ __all__ = [
     "family_named",
     "family_of",
     "from_tensors",
+    "pipeline_names",
     "placed",
     "stack_conditioning",
     "to_tensors",
 ]
-
 FAMILIES = (
     STABLE_DIFFUSION, STABLE_DIFFUSION_XL, STABLE_DIFFUSION_3, FLUX, FLUX2, PIXART, SANA, LUMINA2, QWEN_IMAGE, Z_IMAGE,
 )  # fmt: skip
@@ -61,8 +63,12 @@ def family_named(name: str) -> Family:
     for family in FAMILIES:
         if name in (*family.pipelines, *family.related):
             return family
-    known = ", ".join(p for family in FAMILIES for p in (*family.pipelines, *family.related))
-    raise FamilyError(f"{name} is of no supported family; supported pipelines are {known}")
+    raise FamilyError(f"{name} is of no supported family; supported pipelines are {', '.join(pipeline_names())}")
+
+
+def pipeline_names() -> list[str]:
+    """The pipeline classes of all families."""
+    return [name for family in FAMILIES for name in (*family.pipelines, *family.related)]
 
 
 def check_trainable(listed: Mapping[str, Any], *, train_text_encoder: bool) -> Family:

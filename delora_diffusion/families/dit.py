@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .family import Conditioning, Family, Setting, call_defaults, encoder_device, zeros
+from .family import Architecture, Conditioning, Family, Setting, call_defaults, encoder_device, zeros
 
 # ---- PixArt-alpha and PixArt-Sigma ----------------------------------------------------------------
 
@@ -66,8 +66,15 @@ PIXART = Family(
     blank=_blank_masked(300, "caption_channels"),
     predict=_predict_pixart,
     sampling=_sampling_binned,
+    architectures=(
+        Architecture(
+            name="pixart", denoiser="transformer",
+            found=r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))|proj_out"
+            r"|adaln_single\.(linear|emb\.\w+_embedder\.linear_[12])|caption_projection\.linear_[12]",
+        ),
+    ),
     patch=2,
-)
+)  # fmt: skip
 
 
 # ---- Sana -----------------------------------------------------------------------------------------
@@ -92,6 +99,7 @@ SANA = Family(
     blank=_blank_masked(300, "caption_channels"),
     predict=_predict_sana,
     sampling=_sampling_binned,
+    architectures=(Architecture(name="sana", denoiser="transformer"),),
     flow_samplers=("euler", "heun", "dpm++", "unipc"),
     trains_text=False,
 )
@@ -120,6 +128,7 @@ LUMINA2 = Family(
     blank=_blank_masked(256, "cap_feat_dim"),
     predict=_predict_lumina2,
     sampling=lambda pipe: {"guidance_scale": 4.0, "num_inference_steps": 30},
+    architectures=(Architecture(name="lumina2", denoiser="transformer", model_spec="lumina-2"),),
     flow_samplers=("euler", "unipc"),
     patch=2,
     trains_text=False,
@@ -165,6 +174,14 @@ Z_IMAGE = Family(
     blank=_blank_z_image,
     predict=_predict_z_image,
     sampling=lambda pipe: {"guidance_scale": 5.0, "num_inference_steps": 50},
+    architectures=(
+        Architecture(
+            name="z_image", denoiser="transformer", model_spec="Z-Image",
+            found=r"(layers|context_refiner|noise_refiner)\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]"
+            r"|adaLN_modulation\.0)|all_x_embedder\.2-1|all_final_layer\.2-1\.(linear|adaLN_modulation\.1)"
+            r"|cap_embedder\.1|t_embedder\.mlp\.[02]",
+        ),
+    ),
     patch=2,
     trains_text=False,
 )  # fmt: skip

@@ -37,7 +37,29 @@ class Setting:
     guidance: float = 3.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A kind of model as LoRA files know it.
+
+    Attributes:
+        name: how it is asked for.
+        denoiser: name of the denoiser among the pipeline's components.
+        encoders: text encoders that LoRA loaders know, with their prefix in kohya's names.
+        model_spec: `modelspec.architecture`, "" where no tool has agreed on one.
+        base_version: kohya's `ss_base_model_version`, by which A1111 hides LoRAs that do not fit; "" as above.
+        found: regex of the Linear layers of the denoiser that ComfyUI, and A1111 in a UNet, have names for: their
+            tables in September 2026; "" where they have none.
+    """
+
+    name: str
+    denoiser: str
+    encoders: Mapping[str, str] = field(default_factory=dict)
+    model_spec: str = ""
+    base_version: str = ""
+    found: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One model family.
 
@@ -60,6 +82,7 @@ class Family:
         trains_text: whether the text encoders can be adapted.
         flow_samplers: with flow matching, short names of the samplers that its pipelines can draw with.
         optional: those of the text encoders that the pipeline can do without.
+        architectures: what LoRA files know it as; several where they tell its versions apart.
         dead: for a component, regexes of Linear layers without influence on the prediction ({last}: the last block).
     """
 
@@ -73,6 +96,7 @@ class Family:
     blank: Callable[[Any], Conditioning]
     predict: Callable[[nn.Module, Tensor, Tensor, Conditioning, Setting], Tensor]
     sampling: Callable[[Any], dict[str, Any]]
+    architectures: tuple[Architecture, ...]
     guidance: str = "guidance_scale"
     patch: int = 1
     half: str = "bf16"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from .family import Conditioning, Family, Setting, call_defaults, encoder_device, refuse_negative, zeros
+from .family import Architecture, Conditioning, Family, Setting, call_defaults, encoder_device, refuse_negative, zeros
 
 _SD3_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _FLUX_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -74,6 +74,16 @@ def _predict_sd3(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning
     return prediction
 
 
+#: Parts of the regexes of layers that ComfyUI has names for.
+_JOINT = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+_FF = r"ff(_context)?\.net\.(0\.proj|2)"
+_TIME = r"proj_out|norm_out\.linear|time_text_embed\.(timestep|text|guidance)_embedder\.linear_[12]"
+#: It has FLUX.1 and FLUX.2 in one table.
+_FLUX_FOUND = (
+    rf"{_JOINT}|norm1(_context)?\.linear|{_FF}|ff(_context)?\.linear_(in|out))"
+    r"|single_transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_qkv_mlp_proj|to_out)|norm\.linear|proj_mlp|proj_out)"
+    rf"|x_embedder|context_embedder|{_TIME}"
+)
 STABLE_DIFFUSION_3 = Family(
     name="sd3",
     pipelines=("StableDiffusion3Pipeline",),
@@ -89,6 +99,13 @@ STABLE_DIFFUSION_3 = Family(
     blank=_blank_pooled(77 + 256),
     predict=_predict_sd3,
     sampling=lambda pipe: {"guidance_scale": 4.5, "num_inference_steps": 28},
+    architectures=(
+        Architecture(
+            name="sd3", denoiser="transformer", encoders={"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+            model_spec="stable-diffusion-3", base_version="sd3",
+            found=rf"{_JOINT}|attn2\.(to_[qkv]|to_out\.0)|norm1(_context)?\.linear|{_FF})|context_embedder|{_TIME}",
+        ),
+    ),
     flow_samplers=("euler", "heun", "dpm++", "unipc"),
     patch=2,
     optional=("text_encoder_3",),
@@ -145,6 +162,12 @@ FLUX = Family(
         if pipe.transformer.config.guidance_embeds  # dev; schnell is made for four steps
         else {"guidance_scale": 0.0, "num_inference_steps": 4, "max_sequence_length": _flux_tokens(pipe)}
     ),
+    architectures=(
+        Architecture(
+            name="flux1", denoiser="transformer", encoders={"text_encoder": "lora_te1"}, model_spec="flux-1-dev",
+            base_version="flux1", found=_FLUX_FOUND,
+        ),
+    ),
     flow_samplers=("euler", "unipc"),
     patch=2,
 )  # fmt: skip
@@ -190,6 +213,7 @@ FLUX2 = Family(
         if pipe.config.get("is_distilled")
         else {"guidance_scale": 4.0, "num_inference_steps": 50}
     ),
+    architectures=(Architecture(name="flux2", denoiser="transformer", found=_FLUX_FOUND),),
     flow_samplers=("euler", "dpm++", "unipc"),
     trains_text=False,
 )
@@ -242,6 +266,12 @@ QWEN_IMAGE = Family(
     blank=_blank_qwen,
     predict=_predict_qwen,
     sampling=lambda pipe: {"guidance_scale": 4.0, "num_inference_steps": 50},
+    architectures=(
+        Architecture(
+            name="qwen_image", denoiser="transformer", model_spec="Qwen-Image", base_version="qwen_image",
+            found=rf"{_JOINT}|(img|txt)_mlp\.net\.(0\.proj|2)|(img|txt)_mod\.1)|img_in|txt_in|{_TIME}",
+        ),
+    ),
     guidance="true_cfg_scale",
     flow_samplers=("euler", "unipc"),
     patch=2,

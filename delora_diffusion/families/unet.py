@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .family import Conditioning, Family, Setting, encoder_device, zeros
+from .family import Architecture, Conditioning, Family, Setting, encoder_device, zeros
 
 _XL_ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -55,6 +55,22 @@ def _predict_xl(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning,
     return prediction
 
 
+#: Linear layers of these UNets in the tables of ComfyUI and A1111.
+_FOUND = (
+    r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\."
+    r"(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)))|resnets\.\d+\.time_emb_proj)"
+    r"|(time|add)_embedding\.linear_[12]"
+)
+
+
+def _unet(name: str, model_spec: str, base_version: str) -> Architecture:
+    two = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    return Architecture(
+        name=name, denoiser="unet", encoders=two if name == "sdxl" else {"text_encoder": "lora_te"},
+        model_spec=model_spec, base_version=base_version, found=_FOUND,
+    )  # fmt: skip
+
+
 STABLE_DIFFUSION = Family(
     name="stable-diffusion",
     pipelines=("StableDiffusionPipeline",),
@@ -74,9 +90,13 @@ STABLE_DIFFUSION = Family(
     blank=lambda denoiser: {"prompt_embeds": zeros(77, denoiser.config.cross_attention_dim)},
     predict=_predict_sd,
     sampling=lambda pipe: {"guidance_scale": 7.5, "num_inference_steps": 25},
+    architectures=(
+        _unet("sd1", "stable-diffusion-v1", "sd_v1"),
+        _unet("sd2", "stable-diffusion-v2-512", "sd_v2"),
+        _unet("sd2_v", "stable-diffusion-v2-768-v", "sd_v2_v"),
+    ),
     half="fp16",
 )  # fmt: skip
-
 STABLE_DIFFUSION_XL = Family(
     name="sdxl",
     pipelines=("StableDiffusionXLPipeline",),
@@ -97,6 +117,7 @@ STABLE_DIFFUSION_XL = Family(
     blank=_blank_xl,
     predict=_predict_xl,
     sampling=lambda pipe: {"guidance_scale": 5.0, "num_inference_steps": 30},
+    architectures=(_unet("sdxl", "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),),
     half="fp16",
     # the second encoder gives the pooled embedding; of the first, the layer before the last is read, and no more
     dead={"text_encoder": (r"(?:text_model\.)?encoder\.layers\.{last}\..*",)},

@@ -89,7 +89,7 @@ def psnr(model: AutoencoderKL, *, count: int = 256) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="folder of an autoencoder to go on from, e.g. samples/pocket/base/vae")
+    parser.add_argument("--start", type=Path, help="an autoencoder to go on from, e.g. samples/pocket/base/vae")
     parser.add_argument("--minutes", type=float, default=PLAN.minutes, help="of training, earlier runs included")
     arguments = parser.parse_args()
     work = arguments.work

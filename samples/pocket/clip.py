@@ -156,12 +156,13 @@ def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, *, count: int = 400) ->
         name(model, tokenizer, to_tensor(np.stack([np.asarray(s.image) for s in some])).contiguous())
         for name, some in ((name_scenes, plain), (name_looks, coloured))
     )
-    return {
-        "thing": sum(t == s.labels.thing for s, (t, _) in zip(plain, natural, strict=True)) / len(plain),
-        "place": sum(p == s.labels.place for s, (_, p) in zip(plain, natural, strict=True)) / len(plain),
-        "recoloured thing": sum(t == s.labels.thing for s, (t, _) in zip(coloured, looks, strict=True)) / len(coloured),
-        "colour": sum(c == s.labels.colour for s, (_, c) in zip(coloured, looks, strict=True)) / len(coloured),
+    hits = {
+        "thing": [s.labels.thing == thing for s, (thing, _) in zip(plain, natural, strict=True)],
+        "place": [s.labels.place == place for s, (_, place) in zip(plain, natural, strict=True)],
+        "recoloured thing": [s.labels.thing == thing for s, (thing, _) in zip(coloured, looks, strict=True)],
+        "colour": [s.labels.colour == colour for s, (_, colour) in zip(coloured, looks, strict=True)],
     }
+    return {name: sum(found) / len(found) for name, found in hits.items()}
 
 
 def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, work: Path) -> None:

@@ -74,7 +74,8 @@ def load_instances(work: Path) -> np.ndarray:
 
 def load_labels(work: Path) -> list[Labels]:
     """What the scenes show."""
-    return [Labels(**entry | {"marks": tuple(entry["marks"])}) for entry in json.loads((work / "labels.json").read_text())]
+    entries = json.loads((work / "labels.json").read_text())
+    return [Labels(**entry | {"marks": tuple(entry["marks"])}) for entry in entries]
 
 
 if __name__ == "__main__":

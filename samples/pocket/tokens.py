@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+from things import MARKS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
-from things import MARKS
 from world import COLOUR_NAMES, PLACE_NAMES, TEMPLATES, THING_NAMES
 
 LENGTH = 32  # tokens of every prompt, start and end marks included

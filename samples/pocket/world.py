@@ -66,7 +66,7 @@ def held_out(thing: str, place: str) -> bool:
 
 
 def marks_held_out(thing: str, kinds: Set[str]) -> bool:
-    """Whether this thing with marks of these kinds is kept from training: one combination in ten, and the subjects'."""
+    """Whether this thing with marks of these kinds is kept from training: one in ten, and the sample subjects'."""
     code = 7 * THING_NAMES.index(thing) + sum(1 << MARKS.index(kind) for kind in kinds)
     return bool(kinds) and (code % 10 == 0 or SUBJECTS.get(thing) == kinds)
 
@@ -118,7 +118,8 @@ def random_marks(thing: str, place: str, rng: np.random.Generator) -> Labels:
         colour, *others = (str(name) for name in rng.choice(COLOUR_NAMES, 1 + len(kinds), replace=False))
         if not marks_held_out(thing, set(kinds)):
             break
-    marks = [name + " " + kind if kind.endswith("s") else f"a {name} {kind}" for name, kind in zip(others, kinds, strict=True)]
+    pairs = zip(others, kinds, strict=True)
+    marks = [f"{name} {kind}" if kind.endswith("s") else f"a {name} {kind}" for name, kind in pairs]
     return Labels(thing, place, colour if rng.random() < 0.6 else None, tuple(map(fix_article, marks)))
 
 

@@ -38,13 +38,13 @@ from accelerate import Accelerator
 from dynamics_bench import SUBJECTS, UNSEEN, Bench
 from torch import nn
 
-from delora_diffusion.base import quiet_libraries
-from delora_diffusion.config import AdapterConfig, TrainingConfig
-from delora_diffusion.inject import inject_delora
-from delora_diffusion.journal import Look, read_log
+from delora_diffusion.console import quiet_libraries
+from delora_diffusion.method.config import DeloraConfig
+from delora_diffusion.method.inject import inject_delora
 from delora_diffusion.seeds import derived_seed
-from delora_diffusion.targets import DeloraConfig
-from delora_diffusion.train import step_gradients, train
+from delora_diffusion.training.config import AdapterConfig, TrainingConfig
+from delora_diffusion.training.log import Look, read_log
+from delora_diffusion.training.loop import step_gradients, train
 
 BATCH, RANK, ONCE = 4, 8, 100  # ONCE: steps of a run of length "1x"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

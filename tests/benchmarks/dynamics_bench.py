@@ -23,19 +23,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from delora_diffusion.base import load_base
-from delora_diffusion.batches import Examples
-from delora_diffusion.config import DataConfig, ModelConfig
-from delora_diffusion.data import class_examples, instance_examples, load_image
-from delora_diffusion.draw import draw, quiet
-from delora_diffusion.encode import Cache, cache_latents, cache_prompts
-from delora_diffusion.encoders import embed_images, embed_texts, load_encoder
+from delora_diffusion.base.config import ModelConfig
+from delora_diffusion.base.latents import normalise
+from delora_diffusion.base.load import load_base
+from delora_diffusion.base.objective import objective_of
+from delora_diffusion.data.config import DataConfig
+from delora_diffusion.data.encode import Cache, cache_latents, cache_prompts
+from delora_diffusion.data.photos import class_examples, instance_examples, load_image
+from delora_diffusion.evaluation.encoders import embed_images, embed_texts, load_encoder
+from delora_diffusion.evaluation.metrics import drift, fidelity
 from delora_diffusion.families import Conditioning, Setting, family_of, stack_conditioning
-from delora_diffusion.latents import normalise
-from delora_diffusion.metrics import drift, fidelity
-from delora_diffusion.objective import objective_of
+from delora_diffusion.method.config import DeloraConfig
+from delora_diffusion.method.targets import target_linears
+from delora_diffusion.sampling.generate import Prompts, generate, quiet
 from delora_diffusion.seeds import derived_seed
-from delora_diffusion.targets import DeloraConfig, target_linears
+from delora_diffusion.training.loss import Examples
 
 POCKET = Path(__file__).parents[2] / "samples" / "pocket"
 SUBJECTS = {"spotted_dog": "dog", "striped_teddy": "teddy bear", "mantel_clock": "clock"}  # name -> class word
@@ -129,8 +131,9 @@ class Bench:
         with quiet(self.pipe):
             for first in range(0, len(prompts), CHUNK):
                 part = slice(first, first + CHUNK)
-                images += draw(
-                    self.pipe, self.encode(prompts[part]), seeds[part], negative=self.encode([""])[0],
+                shown = Prompts(prompts[part], "", self.encode(prompts[part]), self.encode([""])[0])
+                images += generate(
+                    self.pipe, shown, seeds[part],
                     guidance_scale=GUIDANCE, num_inference_steps=SAMPLING_STEPS,
                 )  # fmt: skip
         self.pipe.unet = self.denoiser

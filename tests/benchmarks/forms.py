@@ -28,9 +28,9 @@ import peft
 import torch
 
 from delora_diffusion import export_lora, export_peft, load_delora_weights, read_adapter, verify_lora
-from delora_diffusion.base import quiet_libraries
-from delora_diffusion.file_config import MergingConfig
-from delora_diffusion.merged import merge_into_base
+from delora_diffusion.console import quiet_libraries
+from delora_diffusion.export.config import MergingConfig
+from delora_diffusion.export.merged_pipeline import merge_into_base
 
 #: Bars in grey levels.
 EXACT, MERGED, HALF = 1e-5 * 255, 0.05, 1.0

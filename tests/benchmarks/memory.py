@@ -5,8 +5,8 @@
         --models "Stable Diffusion 1.5" SDXL "SD3.5 medium" --output memory_gpu.json             # on a GPU
     python tests/benchmarks/memory.py --presets                                                  # nothing is measured
 
-Every row is a process of its own. "Predicted" is what `delora_diffusion.memory` says that a step has alive besides the
-weights. Measured is, on the CPU, how much the process's resident memory grew at most during a second step (the first
+Every row is a process of its own. "Predicted" is what `delora_diffusion.training.memory` says that a step has alive
+besides the weights. Measured is, on the CPU, how much the process's resident memory grew at most during a second step (the first
 warms up), and on a GPU `torch.cuda.max_memory_allocated` less what was allocated before. "Kept" are the bytes that
 autograd keeps for the backward pass, by `saved_tensors_hooks`, without the weights.
 `--presets` prints the estimate of every file in train_scripts/configs/memory_*.yaml for the bases it names.
@@ -34,16 +34,13 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # so that it runs as a file as well
 
-from delora_diffusion import DeloraConfig, inject_delora, memory  # noqa: E402
-from delora_diffusion.config import (  # noqa: E402
-    AdapterConfig,
-    DataConfig,
-    ModelConfig,
-    TrainingConfig,
-    ValidationConfig,
-)
+from delora_diffusion import DeloraConfig, inject_delora  # noqa: E402
+from delora_diffusion.base.config import ModelConfig  # noqa: E402
+from delora_diffusion.data.config import DataConfig  # noqa: E402
 from delora_diffusion.families import FAMILIES, Setting, placed, stack_conditioning  # noqa: E402
 from delora_diffusion.options import build, read_yaml  # noqa: E402
+from delora_diffusion.training import memory  # noqa: E402
+from delora_diffusion.training.config import AdapterConfig, TrainingConfig, ValidationConfig  # noqa: E402
 from tests import full_size  # noqa: E402
 from tests.benchmarks.step import commit, hardware  # noqa: E402
 
@@ -200,9 +197,7 @@ def predicted(name: str, *, side: int, dtype: str, checkpointing: bool, device: 
     return training.parts["step"]
 
 
-def plan_of(
-    model: ModelConfig, name: str, *, side: int, dtype: str, checkpointing: bool, device: str
-) -> memory.Plan:
+def plan_of(model: ModelConfig, name: str, *, side: int, dtype: str, checkpointing: bool, device: str) -> memory.Plan:
     family = next(family for family in FAMILIES if family.name == full_size.MODELS[name][0])
     return memory.Plan(
         replace(model, base_dtype=dtype), DataConfig("photos", resolution=side),

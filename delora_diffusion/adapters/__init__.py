@@ -1,0 +1,1 @@
+"""An adapter in memory and on disk, from wherever it is."""

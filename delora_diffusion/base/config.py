@@ -1,0 +1,36 @@
+"""Options of the base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..options import OptionError, option
+
+PRECISIONS = ("no", "fp16", "bf16")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+#: What the option `single_file_config` is, wherever there is a base.
+SINGLE_FILE_CONFIG = (
+    "for a base in one .safetensors file: folder or Hub id of a base of its kind, in diffusers' layout, for all but "
+    "the weights; unset: the Hub repository that diffusers knows"
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model."""
+
+    pretrained_model_name_or_path: str = option(
+        "",
+        "folder or Hub id of the base pipeline, in diffusers' layout, or one .safetensors file",
+        resume="free",
+    )
+    single_file_config: str | None = option(None, SINGLE_FILE_CONFIG, resume="free")
+    revision: str | None = option(None, "revision of the base on the Hub", resume="free")
+    variant: str | None = option(None, "variant of the base's weight files, e.g. fp16", resume="free")
+    base_dtype: str = option(
+        "auto", "precision of the frozen weights; auto follows mixed_precision, fp32 without it", choices=DTYPES
+    )
+
+    def __post_init__(self) -> None:
+        if not self.pretrained_model_name_or_path:
+            raise OptionError("pretrained_model_name_or_path is missing; give the folder or Hub id of a base model")

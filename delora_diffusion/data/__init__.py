@@ -1,0 +1,1 @@
+"""Photos and prompts, as training takes them: examples, cached latents, encoded text."""

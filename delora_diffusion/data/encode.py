@@ -1,0 +1,152 @@
+"""Images to latents, prompts to conditioning, and the cache of both, keyed by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..atomic import complete_file
+from ..base.latents import posterior
+from ..families import Conditioning, Family, from_tensors, to_tensors
+from .photos import DataError, Example, View
+
+Encoded = dict[str, Tensor]
+
+
+class Cache:
+    """Encoded examples and prompts by content key, in memory or one safetensors file each in `folder`.
+
+    A file that cannot be read is made again.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self.memory: dict[str, Encoded] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str, make: Callable[[], Encoded]) -> Encoded:
+        """The tensors stored under `key`, or those of `make()`, which are then stored; on the CPU."""
+        if key not in self.memory:
+            self.memory[key] = self._read(key) or self._write(key, make())
+        return self.memory[key]
+
+    def _path(self, key: str) -> Path | None:
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.safetensors" if self.folder else None
+
+    def _read(self, key: str) -> Encoded | None:
+        path = self._path(key)
+        if path is None or not path.is_file():
+            return None
+        try:
+            tensors: Encoded = load_file(path)
+            return tensors
+        except (SafetensorError, OSError):
+            return None
+
+    def _write(self, key: str, tensors: Encoded) -> Encoded:
+        tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        if (path := self._path(key)) is not None:
+            with complete_file(path) as aside:
+                save_file(tensors, aside)
+        return tensors
+
+
+def fingerprint(*parts: Any) -> str:
+    """Names the identity of modules (config, and a sample of every tensor) and of anything else (its repr).
+
+    The order of a dict does not matter: a tokenizer gives its vocabulary in another one on every call.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if not isinstance(part, nn.Module):
+            digest.update(repr(sorted(part.items()) if isinstance(part, dict) else part).encode())
+            continue
+        digest.update(json.dumps(_settings(part), sort_keys=True, default=str).encode())
+        for name, tensor in part.state_dict().items():
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}{sample.tolist()}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(module, "config", {})
+    settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return {key: value for key, value in settings.items() if not key.startswith("_")}
+
+
+def cache_latents(
+    cache: Cache,
+    vae: Any,
+    examples: Iterable[Example],
+    *,
+    identity: str,
+    progress: Callable[[Any], Any] = iter,
+) -> dict[str, Encoded]:
+    """The posterior of every view of every example: {view key: {"mean", "std"} of (1, C, h, w)}, normalised.
+
+    The VAE runs in the precision it has, which must not be fp16.
+
+    Args:
+        identity: `fingerprint` of the VAE.
+        progress: wraps the list of views, e.g. in a progress bar.
+
+    Raises:
+        DataError: a photo that the VAE turns into values that are not finite (named).
+    """
+    found = {}
+    for example, view in progress([(e, v) for e in examples for v in e.views]):
+        key = example.key(view)
+        found[key] = cache.get(f"latents:{key}:{identity}", lambda e=example, v=view: _posterior(vae, e, v))  # type: ignore[misc]
+    return found
+
+
+def _posterior(vae: Any, example: Example, view: View) -> Encoded:
+    mean, std = posterior(vae, example.pixels(view)[None])
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        raise DataError(
+            f"the VAE gives values that are not finite for {example.path}; run it in fp32, or take the photo out"
+        )
+    return {"mean": mean, "std": std}
+
+
+@torch.no_grad()
+def cache_prompts(
+    cache: Cache, pipe: Any, family: Family, prompts: Sequence[str], *, identity: str
+) -> dict[str, Conditioning]:
+    """The conditioning of each distinct prompt, first dimension 1.
+
+    Args:
+        identity: `fingerprint` of the text encoders and tokenizers.
+    """
+    return {
+        prompt: from_tensors(
+            cache.get(
+                f"prompt:{prompt}:{family.name}:{identity}",
+                lambda p=prompt: to_tensors(family.encode_prompt(pipe, [p])),  # type: ignore[misc]
+            )
+        )
+        for prompt in dict.fromkeys(prompts)
+    }
+
+
+@torch.no_grad()
+def cache_negative(
+    cache: Cache, pipe: Any, family: Family, prompt: str | None, *, identity: str
+) -> Conditioning | None:
+    """The conditioning of a negative prompt; of None, what the pipeline guides against then, if anything.
+
+    Args:
+        identity: as for `cache_prompts`.
+    """
+    key = f"negative:{prompt!r}:{family.name}:{identity}"
+    return from_tensors(cache.get(key, lambda: to_tensors(family.encode_negative(pipe, prompt) or {}))) or None

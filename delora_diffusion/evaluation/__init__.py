@@ -1,0 +1,1 @@
+"""Images -> figures -> which adapter or strength to use."""

@@ -1,0 +1,1 @@
+"""Adapters for other programs, and the proof that they are the same."""

@@ -1,0 +1,148 @@
+"""What adapters change: their updates, layer by layer and as thin factors, from any source, added up or compressed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter, check_layers
+from ..adapters.safetensors_file import AdapterFileError
+from ..adapters.sources import as_adapter
+from ..families import Architecture
+from ..method.block_weights import weights_of
+from ..method.delora import factors_of
+from ..method.lowrank import LowRank, added
+from ..method.state import BASE_TOLERANCE
+from .lora_names import ARCHITECTURES, LoraError, architecture_of, unreadable
+
+#: component -> layer -> its update.
+Updates = dict[str, dict[str, LowRank]]
+
+
+def gathered(source: Any, *, component: str | None, adapter_name: str = "default") -> list[Adapter]:
+    """Adapters in memory from whatever `export_lora` takes, each part under the name of its component."""
+    sources = list(source) if isinstance(source, (list, tuple)) else [source]
+    if not sources:
+        raise LoraError("there is nothing to export; give at least one adapter")
+    return [_of_component(one, component, adapter_name) for one in sources]
+
+
+def _of_component(source: Any, component: str | None, adapter_name: str) -> Adapter:
+    """The adapter, under the name of its component: a PEFT folder, or a module alone, does not say which that is."""
+    adapter = None if component is None and isinstance(source, nn.Module) else as_adapter(source, adapter_name)
+    if adapter is not None and "" not in adapter.tensors:
+        return adapter
+    if adapter is None or component is None:
+        raise LoraError(
+            "a PEFT folder, or a module alone, does not say which component of a pipeline it is for; say it: "
+            "component unet, transformer, text_encoder or text_encoder_2"
+        )
+    return Adapter({component: adapter.tensors[""]}, {component: adapter.configs[""]}, adapter.provenance)
+
+
+def summed(
+    adapters: Sequence[Adapter], weights: float | Sequence[float], *, allow_partial: bool, for_lora: bool = True
+) -> tuple[Updates, tuple[str, ...]]:
+    """The weighted sum of adapters, layer by layer and exact, and notes on what was left out or widened.
+
+    Args:
+        allow_partial: leave out what a LoRA cannot hold, instead of refusing.
+        for_lora: count layers that no LoRA loader has names for among that.
+
+    Raises:
+        AdapterFileError: an adapter that is incomplete or not finite.
+        LoraError: a wrong number of weights, adapters of different bases, or something that thin factors cannot hold.
+    """
+    try:
+        values = [float(weight) for weight in weights_of(len(adapters), weights)]  # type: ignore[arg-type]
+    except ValueError as error:
+        raise LoraError(str(error)) from error
+    if not all(math.isfinite(value) for value in values):
+        raise LoraError(f"weights are {values}; they must be finite")
+    parts: dict[str, dict[str, list[LowRank]]] = {}
+    left_out: list[str] = []
+    norms: dict[str, Tensor] = {}
+    residual = False
+    for adapter, value in zip(adapters, values, strict=True):
+        for component, tensors in adapter.tensors.items():
+            layers, full = _by_layer(component, tensors)
+            nameless = {layer for layer in layers if for_lora and unreadable(component, layer)}
+            left_out += full + [f"{component}.{layer}" for layer in layers if layer in nameless]
+            for layer, named in layers.items():
+                if layer not in nameless:
+                    _check_same_base(f"{component}.{layer}", named["delora_w_norm"], norms)
+                    residual |= "delora_A_init" in named
+                    few = parts.setdefault(component, {}).setdefault(layer, [])
+                    few.append(factors_of(named, value))
+    if left_out and not allow_partial:
+        raise LoraError(
+            f"a LoRA cannot hold {len(left_out)} parts of this adapter ({', '.join(left_out[:3])}): parameters "
+            f"trained in full, or layers that no LoRA loader has names for. Merge the adapter into the base instead, "
+            f"or leave them out with allow_partial"
+        )
+    if not parts:
+        raise LoraError("nothing is left that a LoRA can hold; no file was written")
+    notes = [f"left out: {', '.join(left_out)}"] if left_out else []
+    if residual:
+        notes.append("init_weights residual: the frozen initial update is part of it, so the rank is 2r")
+    return {c: {layer: added(few) for layer, few in layers.items()} for c, layers in parts.items()}, tuple(notes)
+
+
+def _check_same_base(layer: str, w: Tensor, norms: dict[str, Tensor]) -> None:
+    """Compare a layer's column norms with those that an earlier adapter brought, which `norms` collects."""
+    known = norms.setdefault(layer, w)
+    if known.shape != w.shape or float((w - known).norm()) > BASE_TOLERANCE * float(known.norm()):
+        raise LoraError(
+            f"these adapters were trained on different bases: the column norms of {layer} differ; add up adapters of "
+            f"one base"
+        )
+
+
+def _by_layer(component: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Tensors of each adapted layer (fp32, on the CPU), and the names of parameters trained in full."""
+    check_layers(tensors, where=f"{component}.")
+    layers: dict[str, dict[str, Tensor]] = {}
+    full = []
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf.startswith("delora_"):
+            layers.setdefault(layer, {})[leaf] = tensor.detach().float().cpu()
+        else:
+            full.append(f"{component}.{name}")
+    for layer, named in layers.items():
+        if wrong := [leaf for leaf, tensor in named.items() if not tensor.isfinite().all()]:
+            raise AdapterFileError(f"{component}.{layer}.{wrong[0]} is not finite; the adapter is of no use")
+    return layers, full
+
+
+def compressed_updates(updates: Updates, rank: int) -> tuple[Updates, tuple[str, ...]]:
+    """Every layer at `rank` at most, and a note on the error."""
+    if rank < 1:
+        raise LoraError(f"rank is {rank}; it must be at least 1")
+    made: Updates = {}
+    lost = size = 0.0
+    worst, where = 0.0, ""
+    for component, layers in updates.items():
+        for layer, factors in layers.items():
+            made.setdefault(component, {})[layer], error = factors.compressed(rank)
+            whole = float(factors.norm())
+            lost, size = lost + error**2, size + whole**2
+            if whole and error / whole > worst:
+                worst, where = error / whole, f"{component}.{layer}"
+    share = math.sqrt(lost / size) if size else 0.0
+    at = f", at most {worst:.2%}, in {where}" if where else ""
+    return made, (f"compressed to rank {rank}: {share:.2%} of the update is lost{at}",)
+
+
+def known_architecture(adapters: Sequence[Adapter], updates: Updates, asked: str | None) -> Architecture | None:
+    """The family that was asked for, else the one that the adapters' header and shapes tell."""
+    if asked is not None:
+        if asked not in ARCHITECTURES:
+            raise LoraError(f"architecture is {asked!r}; choose one of {', '.join(ARCHITECTURES)}")
+        return ARCHITECTURES[asked]
+    told = adapters[0].provenance
+    widths = {c: {layer: factors.down.shape[1] for layer, factors in layers.items()} for c, layers in updates.items()}
+    return architecture_of(widths, pipeline=told.get("pipeline", ""), prediction_type=told.get("prediction_type", ""))

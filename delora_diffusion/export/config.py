@@ -1,0 +1,146 @@
+"""Options of the commands on adapter files: `delora export | verify | merge | inspect | push`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..base.config import DTYPES, SINGLE_FILE_CONFIG
+from ..options import OptionError, at_least, option
+from .lora_names import ARCHITECTURES, FORMATS
+
+
+def _strengths(weights: list[float], adapters: list[str]) -> list[float]:
+    """A strength for each adapter: the one that is for all, or its own.
+
+    Raises:
+        OptionError: another number of them.
+    """
+    if len(weights) not in (1, len(adapters)):
+        raise OptionError(
+            f"{len(adapters)} adapters but {len(weights)} weights; give one weight, or one for each adapter"
+        )
+    return weights if len(weights) == len(adapters) else weights * len(adapters)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which adapters a LoRA file is, or is to be, made of."""
+
+    adapter: list[str] = option([], "adapters: files, folders or Hub ids; several are added up")
+    weights: list[float] = option([1.0], "their strengths: one for all, or one for each")
+    component: str | None = option(
+        None, "what a PEFT folder is for: unet, transformer, text_encoder or text_encoder_2"
+    )
+    architecture: str | None = option(
+        None, "family of the base; unset: what the adapter tells", choices=tuple(ARCHITECTURES)
+    )
+
+    def __post_init__(self) -> None:
+        if not self.adapter:
+            raise OptionError("adapter is missing; give at least one file, folder or Hub id")
+        _ = self.strengths
+
+    @property
+    def strengths(self) -> list[float]:
+        """A strength for each adapter."""
+        return _strengths(self.weights, self.adapter)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The LoRA file to write."""
+
+    format: str = option(
+        "diffusers",
+        "names in the file; comfyui: kohya's for a UNet; peft: a folder for PEFT",
+        choices=(*FORMATS, "peft"),
+    )
+    output: str | None = option(None, "file to write; unset: beside the adapter, named after folder and format")
+    rank: int | None = option(None, "compress to this rank and say what is lost; unset: exact")
+    lora_dtype: str = option("fp32", "precision of the file", choices=("fp32", "fp16"))
+    trigger: str | None = option(None, "trigger words for the header; unset: the prompt it was trained with")
+    metadata: bool = option(True, "write the header that user interfaces read")
+    allow_partial: bool = option(False, "leave out what a LoRA cannot hold instead of refusing")
+    overwrite: bool = option(False, "replace the file if it exists")
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            at_least(self, 1, "rank")
+        plain = {"rank": None, "lora_dtype": "fp32", "trigger": None, "metadata": True, "allow_partial": False}
+        given = [name for name, default in plain.items() if getattr(self, name) != default]
+        if self.format == "peft" and given:
+            raise OptionError(
+                f"format peft writes an adapter as it is; leave {', '.join(given)} out, or export a LoRA"
+            )
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """The LoRA file, or PEFT folder, to check."""
+
+    file: str = option("", "LoRA file, or folder with pytorch_lora_weights.safetensors or of PEFT")
+    tolerance: float = option(1e-3, "largest relative error of a layer's update that counts as the same")
+
+    def __post_init__(self) -> None:
+        if not self.file:
+            raise OptionError("file is missing; give the LoRA to check")
+        at_least(self, 0, "tolerance")
+
+
+@dataclass(frozen=True)
+class MergingConfig:
+    """Merging adapters into a copy of the base."""
+
+    adapter: list[str] = option([], "adapters to merge: files, folders or Hub ids")
+    weights: list[float] = option([], "strength of each: 1 as trained; none: 1 for all")
+    base: str | None = option(
+        None, "folder or Hub id of the base pipeline; unset: the one the adapters were trained on"
+    )
+    single_file_config: str | None = option(None, SINGLE_FILE_CONFIG)
+    revision: str | None = option(None, "revision of the base on the Hub")
+    variant: str | None = option(None, "variant of the base's weight files, e.g. fp16")
+    output: str = option("", "folder for the merged pipeline; it must not exist yet, or be empty")
+    dtype: str = option("auto", "precision of the merged pipeline; auto: that of the base's files", choices=DTYPES)
+    dequantize: bool = option(
+        False, "let a quantised component be dequantised for good, so that it can be merged into"
+    )
+    check_base: bool = option(True, "refuse an adapter that was trained on another base")
+
+    def __post_init__(self) -> None:
+        if not self.adapter:
+            raise OptionError("nothing to merge; give --adapter")
+        if not self.output:
+            raise OptionError("output is missing; give the folder to write the merged pipeline to")
+        _ = self.strengths
+
+    @property
+    def strengths(self) -> list[float]:
+        """A strength for each adapter."""
+        return _strengths(self.weights or [1.0], self.adapter)
+
+
+@dataclass(frozen=True)
+class InspectionConfig:
+    """Inspecting adapters."""
+
+    adapter: list[str] = option([], "adapters to show, several side by side: files, folders or Hub ids")
+    json: str | None = option(None, "also write every figure to this file")
+    plot: str | None = option(None, "also draw |dW|/|W| by block and kind into this PNG (needs the extra: plots)")
+
+    def __post_init__(self) -> None:
+        if not self.adapter:
+            raise OptionError("nothing to inspect; give --adapter")
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Uploading an adapter to the Hub."""
+
+    folder: str = option("", "folder of the adapter, e.g. what training wrote")
+    repo: str | None = option(None, "name of the repository, e.g. you/my_dog; unset: the folder's name")
+    private: bool = option(False, "make a new repository private")
+    contact_sheet: str | None = option(None, "contact sheet of delora sample to show on the model card")
+
+    def __post_init__(self) -> None:
+        if not self.folder:
+            raise OptionError("folder is missing; give the folder of the adapter")

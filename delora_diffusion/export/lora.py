@@ -1,0 +1,193 @@
+"""Adapters as LoRA files: what diffusers, ComfyUI, A1111 and Forge open, with the same update to rounding.
+
+A DeLoRA update is a product of two thin matrices already (`delora.factors_of`), so a LoRA of the same rank holds it
+exactly, and nothing is fitted. Several adapters become one LoRA whose ranks add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..adapters.adapter import Adapter, is_native
+from ..atomic import complete_file
+from ..families import Architecture
+from ..method.lowrank import LowRank
+from ..run_folder import ADAPTER_NAME, LORA_NAME
+from .combine import Updates, compressed_updates, gathered, known_architecture, summed
+from .lora_header import lora_header
+from .lora_names import LoraError, looked_up, lora_name, missing_attention, style_of, tensor_endings
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written: the file, whose names it has, its one rank, layers of each component, and what to know."""
+
+    path: Path
+    style: str
+    rank: int
+    layers: dict[str, int]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        counted = ", ".join(f"{number} layers of {component}" for component, number in self.layers.items())
+        return "\n".join([f"{self.path}: rank {self.rank}, {counted}, {self.style} names", *self.notes])
+
+
+def export_lora(
+    source: Any,
+    destination: str | Path,
+    *,
+    format: str = "diffusers",
+    weights: float | Sequence[float] = 1.0,
+    rank: int | None = None,
+    dtype: str = "fp32",
+    component: str | None = None,
+    architecture: str | None = None,
+    adapter_name: str = "default",
+    trigger: str | None = None,
+    metadata: bool = True,
+    allow_partial: bool = False,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write one adapter, or the weighted sum of several, as one LoRA file: A' = A diag(w), B' = B diag(lambda / (r
+    |a_i| |b_i|)), alpha = r. LoRA strength s is then lambda times s.
+
+    Args:
+        source: a native file or folder, a PEFT folder, a Hub id, an `Adapter`, a module or pipeline with adapters in
+            it, {component: module}; or a list of these, whose sum is written.
+        destination: the file, or a folder to put `pytorch_lora_weights.safetensors` into.
+        format: "diffusers"; "kohya" (UNets only: ComfyUI, A1111, Forge, and diffusers as well); or "comfyui", which
+            is kohya's names for a UNet and diffusers' for a transformer.
+        weights: strength of the source, or one for each.
+        rank: compress to this rank by SVD; the error is in the report. None: exact.
+        dtype: "fp32" or "fp16".
+        component: what a PEFT folder or a bare module is for ("unet", "transformer", "text_encoder", ...).
+        architecture: "sd1", "sdxl", "flux1", ... (`ARCHITECTURES`), where file and shapes do not tell.
+        adapter_name: which adapter of a module or pipeline.
+        trigger: words for the header; the prompt it was trained with if None.
+        metadata: write the header that user interfaces read.
+        allow_partial: leave out what a LoRA cannot hold (parameters trained in full, text encoders that are not
+            CLIP) and report it, instead of refusing.
+        overwrite: replace a LoRA that is there.
+
+    Raises:
+        AdapterFileError: no usable adapter there.
+        LoraError: something that the format cannot hold, or a destination that must not be replaced. Nothing is
+            written.
+    """
+    path = Path(destination)
+    path = path if path.suffix == ".safetensors" else path / LORA_NAME
+    _check_destination(path, overwrite)
+    if dtype not in DTYPES:
+        raise LoraError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)} (bf16 would lose 0.2 % of the update)")
+    adapters = gathered(source, component=component, adapter_name=adapter_name)
+    updates, notes = summed(adapters, weights, allow_partial=allow_partial)
+    if rank is not None:
+        updates, lost = compressed_updates(updates, rank)
+        notes += lost
+    family = known_architecture(adapters, updates, architecture)
+    style = style_of(format, set(updates), family)
+    tensors, width, more = _tensors(updates, style, family, DTYPES[dtype])
+    if format == "comfyui":
+        more += _lost_in_comfyui(updates, style, family)
+    header = {"format": "pt"}
+    if metadata:
+        name = path.stem if path.name != LORA_NAME else path.resolve().parent.name
+        header |= lora_header(
+            tensors, name=name, rank=width, style=style, architecture=family, provenance=adapters[0].provenance,
+            trigger=trigger or _triggers(adapters),
+        )  # fmt: skip
+    with complete_file(path) as aside:
+        save_file(tensors, aside, metadata=header)
+    counts = {component: len(layers) for component, layers in updates.items()}
+    return ExportReport(path, style, width, counts, (*notes, *more))
+
+
+def _lost_in_comfyui(updates: Updates, style: str, architecture: Architecture | None) -> list[str]:
+    """A note on layers that ComfyUI has no name for."""
+    layers = [(component, layer) for component, few in updates.items() for layer in few]
+    lost = [
+        f"{component}.{layer}"
+        for component, layer in layers
+        if lora_name(style, component, layer, architecture) not in looked_up("comfyui", component, layer, architecture)
+    ]
+    return [f"ComfyUI finds {len(layers) - len(lost)} of {len(layers)} layers, not {lost[0]}"] if lost else []
+
+
+def _triggers(adapters: Sequence[Adapter]) -> str:
+    return ", ".join(dict.fromkeys(filter(None, (a.provenance.get("instance_prompt") for a in adapters))))
+
+
+def beside(source: str, format: str) -> Path:
+    """Where the LoRA of an adapter goes if nothing else is said: into its folder, named after the folder and format.
+
+    Raises:
+        LoraError: the adapter is on the Hub, not on this machine.
+    """
+    folder = folder_of(source)
+    return folder / (LORA_NAME if format == "diffusers" else f"{folder.resolve().name}_{format}.safetensors")
+
+
+def folder_of(source: str) -> Path:
+    """The folder an adapter lies in.
+
+    Raises:
+        LoraError: the adapter is on the Hub, not on this machine.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise LoraError(f"there is no file or folder {source} to write beside; say where to: output")
+    return path if path.is_dir() else path.parent
+
+
+def _tensors(
+    updates: Updates, style: str, architecture: Architecture | None, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], int, list[str]]:
+    """The file's tensors by name, the one rank they all have, and notes.
+
+    One rank, because diffusers scales kohya's files wrongly where ranks differ.
+    """
+    ranks = {factors.rank for layers in updates.values() for factors in layers.values()}
+    rank = max(ranks)
+    notes = (
+        [f"ranks {', '.join(map(str, sorted(ranks)))} are filled up to {rank} with zeros"] if len(ranks) > 1 else []
+    )
+    tensors: dict[str, Tensor] = {}
+    down_end, up_end = tensor_endings(style)
+    for component, layers in updates.items():
+        filled = {layer: _zeros(near, layers[near], rank) for layer, near in missing_attention(component, layers)}
+        if filled:
+            notes.append(f"{component}: {len(filled)} attention projections without an adapter are there as zeros")
+        for layer, factors in {**layers, **filled}.items():
+            name = lora_name(style, component, layer, architecture)
+            down, up = (factors.halvable() if dtype is torch.float16 else factors).padded(rank)
+            tensors[name + down_end], tensors[name + up_end] = down.to(dtype).contiguous(), up.to(dtype).contiguous()
+            if style == "kohya":
+                tensors[f"{name}.alpha"] = torch.tensor(float(rank), dtype=dtype)
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise LoraError(f"{wrong[0]} does not fit into fp16; export as fp32")
+    return tensors, rank, notes
+
+
+def _zeros(near: str, factors: LowRank, rank: int) -> LowRank:
+    """An update of zeros for a square projection, as wide as the residual stream that `near` reads or writes."""
+    width = factors.up.shape[0] if near.endswith("mlp.fc2") else factors.down.shape[1]
+    return LowRank(torch.zeros(rank, width), torch.zeros(width, rank))
+
+
+def _check_destination(path: Path, overwrite: bool) -> None:
+    if path.name == ADAPTER_NAME:
+        raise LoraError(f"{path} is the name of native adapters; give the LoRA another name")
+    if path.exists() and not overwrite:
+        raise LoraError(f"{path} exists; give another name, or replace it with overwrite")
+    if path.exists() and is_native(path):
+        raise LoraError(f"{path} is a native adapter, which a LoRA does not replace; give another name")

@@ -1,0 +1,157 @@
+"""A whole pipeline with adapters in its weights, as a folder that everything can load that loads the base.
+
+    delora merge --base some/base --adapter runs/my_dog runs/my_style --weights 1 0.6 --output my_dog_model
+
+The base is read in the precision of its files, an update is added in fp32, and the sum is rounded once. Layer by layer
+is replaced, so that memory holds the model once.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from ..adapters.adapter import base_of
+from ..adapters.read import read_adapter
+from ..adapters.sources import components
+from ..atomic import complete_folder
+from ..base.checks import as_base_error
+from ..base.load import DTYPE
+from ..base.single_file import is_single_file, open_single_file, single_file_dtype
+from ..method.inject import delora_names
+from ..method.merge import MergeReport, merge_delora
+from ..options import OptionError
+from ..pipeline import load_delora_weights, set_adapters
+from .config import MergingConfig
+
+log = logging.getLogger(__name__)
+RECORD_NAME = "delora_merge.json"
+_TORCH_DTYPE = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class QuantizedBaseError(ValueError):
+    """Adapters cannot be merged into quantised weights; the message says which, and the way out."""
+
+
+def merge_into_base(config: MergingConfig) -> dict[str, MergeReport]:
+    """Write the base with adapters merged into it to `config.output`: a complete pipeline, or nothing.
+
+    Beside it lies `delora_merge.json`: what was merged into what, and what rounding cost.
+
+    Returns:
+        For each adapted component: layers changed, and the part of the update lost to rounding.
+
+    Raises:
+        OptionError: the output is in use, or no base is named.
+        AdapterFileError, BaseModelError, ValueError: an adapter or a base that cannot be loaded or do not fit.
+        QuantizedBaseError: a quantised component, without `config.dequantize`.
+    """
+    out = Path(config.output)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OptionError(f"output {out} exists already and is not empty; give another folder, or move it away")
+    adapters = [read_adapter(source) for source in config.adapter]
+    base = config.base or base_of(adapters, config.adapter, option="base")
+    pipe, stored = _open(base, config)
+    exact = _make_plain(pipe, {part for adapter in adapters for part in adapter.tensors}, config)
+    check = config.check_base and exact  # quantising has moved the column norms that are compared
+    names = [load_delora_weights(pipe, adapter, check_base=check).adapter_name for adapter in adapters]
+    set_adapters(pipe, names, config.strengths)
+    wanted = None if config.dtype == "auto" else DTYPE[config.dtype]
+    reports = {}
+    for component, module in components(pipe).items():
+        if delora_names(module):
+            dtype = wanted or stored.get(component, torch.float32)
+            reports[component] = merge_delora(module, permanently=True, dtype=dtype)
+            module.to(dtype)
+    _cast_others(pipe, reports, wanted)
+    with complete_folder(out) as aside:
+        pipe.save_pretrained(aside)
+        (aside / RECORD_NAME).write_text(_record(config, base, reports), encoding="utf-8")
+    return reports
+
+
+def _open(base: str, config: MergingConfig) -> tuple[Any, dict[str, torch.dtype]]:
+    """The pipeline in the precision of its files, and that precision by component."""
+    from diffusers import DiffusionPipeline
+
+    if is_single_file(base):
+        kept = single_file_dtype(base)
+        pipe = open_single_file(base, config.single_file_config, dtype=kept)
+        return pipe, dict.fromkeys(pipe.components, kept)
+    where = {"revision": config.revision, "variant": config.variant}
+    with as_base_error(base):
+        folder = base if Path(base).is_dir() else DiffusionPipeline.download(base, **where)
+        stored = stored_dtypes(Path(folder), config.variant)
+        dtypes = {"default": torch.float32, **stored}
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtypes, variant=config.variant), stored
+
+
+def stored_dtypes(folder: Path, variant: str | None = None) -> dict[str, torch.dtype]:
+    """The precision of most of the numbers in each component's .safetensors files; quantised ones are left out."""
+    found = {}
+    for component in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = [f for f in component.glob("*.safetensors") if variant is None or f".{variant}" in f.name]
+        sizes: collections.Counter[str] = collections.Counter()
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118
+                    part = opened.get_slice(key)
+                    sizes[part.get_dtype()] += max(1, torch.Size(part.get_shape()).numel())
+        if sizes and (kind := sizes.most_common(1)[0][0]) in _TORCH_DTYPE:
+            found[component.name] = _TORCH_DTYPE[kind]
+    return found
+
+
+def _make_plain(pipe: Any, parts: set[str], config: MergingConfig) -> bool:
+    """Dequantise the components that adapters are for, or refuse; whether none had to be."""
+    exact = True
+    for component, module in components(pipe).items():
+        if getattr(module, "hf_quantizer", None) is None:
+            continue
+        if hasattr(module, "_weight_conversions"):  # transformers would undo the quantiser's when saving, and cannot
+            module._weight_conversions = None  # type: ignore[assignment]
+        if component not in parts and "" not in parts:
+            continue
+        method = getattr(getattr(module.config, "quantization_config", None), "quant_method", "quantised")
+        if not config.dequantize:
+            raise QuantizedBaseError(
+                f"{component} is quantised ({method}), and an update would drown in its rounding; give the "
+                f"unquantised base, or --dequantize to write it in full precision"
+            )
+        try:
+            setattr(pipe, component, module.dequantize())  # type: ignore[operator]
+        except NotImplementedError as error:
+            raise QuantizedBaseError(
+                f"{component} is quantised ({method}), which cannot be undone here: {error}; give the unquantised base"
+            ) from error
+        exact = False
+        log.info("%s: dequantised", component)
+    return exact
+
+
+def _cast_others(pipe: Any, merged: Mapping[str, MergeReport], dtype: torch.dtype | None) -> None:
+    """The components without adapters; the VAE keeps its precision rather than become fp16, which overflows in it."""
+    for name, module in pipe.components.items():
+        if dtype is None or name in merged or not isinstance(module, nn.Module):
+            continue
+        if getattr(module, "hf_quantizer", None) is None and not (name == "vae" and dtype == torch.float16):
+            module.to(dtype)
+
+
+def _record(config: MergingConfig, base: str, reports: Mapping[str, MergeReport]) -> str:
+    told = {
+        "base": base,
+        "adapters": [{"adapter": a, "weight": w} for a, w in zip(config.adapter, config.strengths, strict=True)],
+        "dtype": config.dtype,
+        "components": {name: dataclasses.asdict(report) for name, report in reports.items()},
+    }
+    return json.dumps(told, indent=2) + "\n"

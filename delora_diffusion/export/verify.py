@@ -1,0 +1,179 @@
+"""Is an exported file the adapter it came from? Layer by layer, and by the names each program looks up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter
+from ..adapters.peft import CONFIG_NAME
+from ..adapters.safetensors_file import described, read_tensors
+from ..families import Architecture
+from ..method.lowrank import LowRank, distance
+from ..method.targets import is_target
+from ..run_folder import LORA_NAME
+from .combine import Updates, gathered, known_architecture, summed
+from .lora_names import LoraError, canonical, looked_up, lora_name, tensor_endings
+
+PROGRAMS = ("diffusers", "comfyui", "a1111")
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """How an exported file compares with its adapter.
+
+    Attributes:
+        layers: adapted layers of the adapter.
+        missing: those that the file lacks.
+        unexpected: layers that change something in the file alone.
+        largest_error: largest |dW_file - dW_adapter|_F / |dW_adapter|_F of a layer, and `worst`, that layer.
+        loaders: for each program, how many of the layers its loader finds in the file.
+    """
+
+    layers: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    largest_error: float
+    worst: str
+    loaders: dict[str, int]
+
+    def agrees(self, tolerance: float) -> bool:
+        """Whether the file is the adapter, up to a relative error of `tolerance` in every layer."""
+        return not self.missing and not self.unexpected and self.largest_error <= tolerance
+
+    def __str__(self) -> str:
+        lines = [f"{self.layers} layers; largest relative error of dW {self.largest_error:.2e}, in {self.worst}"]
+        for what, names in (("missing", self.missing), ("unexpected", self.unexpected)):
+            if names:
+                lines.append(f"{len(names)} {what}: {', '.join(names[:5])}")
+        titles = {"comfyui": "ComfyUI, Forge", "a1111": "A1111", "peft": "PEFT"}
+        found = [f"{titles.get(name, name)} {count}/{self.layers}" for name, count in self.loaders.items()]
+        return "\n".join([*lines, f"layers found by {'; '.join(found)}"])
+
+
+def verify_lora(
+    file: str | Path,
+    source: Any,
+    *,
+    weights: float | Sequence[float] = 1.0,
+    component: str | None = None,
+    architecture: str | None = None,
+    adapter_name: str = "default",
+) -> VerifyReport:
+    """Compare a LoRA file, or PEFT's folders, with the adapter (or the sum of adapters) it was exported from.
+
+    The diffusers count is of layers that diffusers' own conversion brings to their place with the file's own values;
+    PEFT's of those that its configuration targets; the others are counted by the names those programs look up.
+
+    Args:
+        file: the LoRA, a folder that holds `pytorch_lora_weights.safetensors`, or one that holds PEFT's.
+        source, weights, component, architecture, adapter_name: what `export_lora` was given.
+
+    Raises:
+        AdapterFileError, LoraError: one of them cannot be read, or the file is no LoRA.
+    """
+    path = Path(file)
+    adapters = gathered(source, component=component, adapter_name=adapter_name)
+    if not (path / LORA_NAME).is_file() and [*path.glob(CONFIG_NAME), *path.glob(f"*/{CONFIG_NAME}")]:
+        updates, _ = summed(adapters, weights, allow_partial=True, for_lora=False)
+        (exported,) = gathered(path, component=component)
+        inside = _by_name(summed([exported], 1.0, allow_partial=True, for_lora=False)[0], "diffusers", None)
+        return _compared(inside, _by_name(updates, "diffusers", None), {"peft": _found_by_peft(exported, updates)})
+    path = path / LORA_NAME if path.is_dir() else path
+    tensors, header = read_tensors(path)
+    if not any("lora_" in name.rpartition(".")[0] for name in tensors):
+        raise LoraError(f"{path} is no LoRA: {described(tensors, header)}")
+    updates, _ = summed(adapters, weights, allow_partial=True)
+    family = known_architecture(adapters, updates, architecture)
+    style = "kohya" if any(name.startswith(("lora_unet_", "lora_te")) for name in tensors) else "diffusers"
+    inside = {name: (name, factors) for name, factors in _updates_in(tensors, style).items()}
+    loaders = {"diffusers": _found_by_diffusers(tensors, updates)} | {
+        program: _found_by_name(program, set(inside), updates, family) for program in PROGRAMS[1:]
+    }
+    return _compared(inside, _by_name(updates, style, family), loaders)
+
+
+#: name in a file -> (what to call it, its update)
+_Named = Mapping[str, tuple[str, LowRank]]
+
+
+def _by_name(updates: Updates, style: str, architecture: Architecture | None) -> dict[str, tuple[str, LowRank]]:
+    return {
+        lora_name(style, component, layer, architecture): (f"{component}.{layer}", factors)
+        for component, layers in updates.items()
+        for layer, factors in layers.items()
+    }
+
+
+def _compared(inside: _Named, wanted: _Named, loaders: dict[str, int]) -> VerifyReport:
+    """What a file holds beside what it should hold, both by the names in the file."""
+    missing, largest, worst = [], -1.0, "none"
+    for name, (layer, factors) in wanted.items():
+        if name not in inside:
+            missing.append(layer)
+            continue
+        whole, off = float(factors.norm()), distance(inside[name][1], factors)
+        error = off / whole if whole else (0.0 if off == 0 else float("inf"))
+        if error > largest:
+            largest, worst = error, layer
+    unexpected = tuple(called for name, (called, few) in inside.items() if name not in wanted and few.norm() > 0)
+    return VerifyReport(len(wanted), tuple(missing), unexpected, max(largest, 0.0), worst, loaders)
+
+
+def _updates_in(tensors: Mapping[str, Tensor], style: str) -> dict[str, LowRank]:
+    """Every layer's update in a LoRA file, by its name there; alpha / rank is multiplied in."""
+    down_end, up_end = tensor_endings(style)
+    found = {}
+    for name, down in tensors.items():
+        layer = name.removesuffix(down_end)
+        if layer == name:
+            continue
+        if layer + up_end not in tensors:
+            raise LoraError(f"{layer + up_end} is missing beside {name}; the file is incomplete, export it again")
+        alpha = tensors.get(f"{layer}.alpha")
+        scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
+        found[layer] = LowRank(down.float(), tensors[layer + up_end].float() * scale)
+    return found
+
+
+def _found_by_name(program: str, names: set[str], updates: Updates, architecture: Architecture | None) -> int:
+    layers = [(component, layer) for component, few in updates.items() for layer in few]
+    return sum(bool(looked_up(program, component, layer, architecture) & names) for component, layer in layers)
+
+
+def _found_by_peft(exported: Adapter, updates: Updates) -> int:
+    """How many layers are in PEFT's folders and named by their configuration, without which PEFT adapts none."""
+    layers = [(component, layer) for component, few in updates.items() for layer in few]
+    return sum(
+        f"{layer}.delora_A" in exported.tensors.get(component, ())
+        and is_target(exported.configs[component], layer, nn.Linear(1, 1), nn.Module())
+        for component, layer in layers
+    )
+
+
+def _found_by_diffusers(tensors: Mapping[str, Tensor], updates: Updates) -> int:
+    """How many layers diffusers' reader puts where they belong, after its conversion of the file's names."""
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+    from diffusers.utils import (
+        convert_state_dict_to_diffusers,
+        convert_state_dict_to_peft,
+        convert_unet_state_dict_to_peft,
+    )
+
+    state, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(tensors))
+    count = 0
+    for component, layers in updates.items():
+        own = {k.removeprefix(f"{component}."): t for k, t in state.items() if k.startswith(f"{component}.")}
+        try:
+            if component.startswith("text_encoder"):
+                own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
+            elif not any("lora_A" in key for key in own):
+                own = convert_unet_state_dict_to_peft(own)
+        except ValueError:  # diffusers cannot tell what the file is, and would refuse it
+            own = {}
+        count += sum(f"{canonical(component, layer)}.lora_A.weight" in own for layer in layers)
+    return count

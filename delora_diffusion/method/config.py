@@ -1,0 +1,162 @@
+"""`DeloraConfig`: what to adapt and how strongly. Its fields are PEFT's and mean the same here and there."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+#: The attention projections of diffusers' denoisers (of single-stream blocks that fuse them with the feed-forward
+#: ones, those) and of text encoders, by module name.
+ATTENTION = (
+    r"(.*\.)?(to_q|to_k|to_v|to_out(\.0)?|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj|[qkvo]_proj|out_proj"
+    r"|(SelfAttention|EncDecAttention)\.[qkvo])"
+)
+#: Those, and the feed-forward layers of the same blocks.
+ATTENTION_FF = (
+    rf"({ATTENTION}|(.*\.)?((ff|ff_context|img_mlp|txt_mlp)\.(net\.0\.proj|net\.2|linear_in|linear_out)"
+    r"|feed_forward\.(linear_[123]|w[123])|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
+    r"|mlp\.fc[12]|DenseReluDense\.w(i|i_0|i_1|o)))"
+)
+ALL_LINEAR = "all-linear"
+PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION_FF}
+INIT_CHOICES = ("zero", "residual", "paired", "kaiming")
+BIAS_CHOICES = ("none", "all", "delora_only")
+
+
+class DeloraConfigError(ValueError):
+    """A configuration that cannot be meant, or that does not fit a model; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class DeloraConfig:
+    """What to adapt and how; the fields, their meanings and their defaults are PEFT's.
+
+    Attributes:
+        r: rank of every adapter, unless `rank_pattern` says otherwise.
+        delora_lambda: initial lambda, the bound of the update: |dW|_F <= lambda * max_j |W[:, j]|.
+        target_modules: names of the `nn.Linear` layers to adapt: a list (exact names or dotted suffixes), one regular
+            expression that must match a whole name, "all-linear" (every Linear but the output layer), "attention" or
+            None (the attention projections of diffusers models and text encoders), or "attention+ff" (the
+            feed-forward layers of the same blocks as well).
+        exclude_modules: names to leave out, in the same forms.
+        rank_pattern: {name suffix or regex: rank}, where it differs from `r`.
+        lambda_pattern: {name suffix or regex: lambda}, where it differs from `delora_lambda`.
+        relative_lambda: strength as a share of the weight, instead of `delora_lambda`: every layer gets the lambda at
+            which r orthogonal components have |dW|_F / |W|_F = relative_lambda, that is relative_lambda sqrt(r in).
+            One number then means the same at every width and rank; files hold the lambda that follows.
+        layers_to_transform: only layers with these indices (with a list of targets), counted in the first numbered
+            container of a name or in the one named by `layers_pattern`.
+        layers_pattern: name(s) of the container that `layers_to_transform` counts in.
+        module_dropout: probability with which elements of an adapter's *input* are dropped in training. (PEFT
+            documents it as dropping whole adapters; this is what its code does.)
+        bias: biases trained in full: "none", those of the adapted layers ("delora_only"), or "all".
+        modules_to_save: names of further modules that are trained in full and saved with the adapter.
+        init_weights: "zero" (A Kaiming, B = 0: PEFT's True), "residual" (both Kaiming, the initial update
+            subtracted: the paper's Eq. 9), "paired" (components in pairs with equal a and opposite b), "kaiming"
+            (both Kaiming, not an identity at the start: PEFT's False).
+
+    Raises:
+        DeloraConfigError: a value that cannot be meant, naming the field, the value and what is allowed.
+    """
+
+    r: int = 8
+    delora_lambda: float = 15.0
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    lambda_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    module_dropout: float = 0.0
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_weights: str = "zero"
+    relative_lambda: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise DeloraConfigError(f"rank of {name!r} is {rank!r}; it must be a whole number of at least 1")
+            if self.init_weights == "paired" and rank % 2:
+                raise DeloraConfigError(f"rank of {name!r} is {rank}; init_weights='paired' needs an even rank")
+        relative = {} if self.relative_lambda is None else {"relative_lambda": self.relative_lambda}
+        for name, strength in {"delora_lambda": self.delora_lambda, **relative, **self.lambda_pattern}.items():
+            if not isinstance(strength, (int, float)) or not math.isfinite(strength) or strength < 0:
+                raise DeloraConfigError(
+                    f"lambda of {name!r} is {strength!r}; it must be a finite number of at least 0"
+                )
+        if not isinstance(self.module_dropout, (int, float)) or not 0.0 <= self.module_dropout < 1.0:
+            raise DeloraConfigError(f"module_dropout is {self.module_dropout!r}; it must be at least 0 and below 1")
+        if self.bias not in BIAS_CHOICES:
+            raise DeloraConfigError(f"bias is {self.bias!r}; choose one of {', '.join(BIAS_CHOICES)}")
+        if self.init_weights not in INIT_CHOICES:
+            raise DeloraConfigError(f"init_weights is {self.init_weights!r}; choose one of {', '.join(INIT_CHOICES)}")
+        if self.target_modules is not None and not self.target_modules:
+            raise DeloraConfigError("target_modules is empty; name at least one layer, or leave it out for attention")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise DeloraConfigError("layers_pattern is given without layers_to_transform; give both or neither")
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
+            raise DeloraConfigError(
+                "layers_to_transform needs target_modules as a list of names; a regex can say it itself"
+            )
+        for value in (self.target_modules, self.exclude_modules):
+            if isinstance(value, str) and value not in PRESETS:
+                _check_regex(value)
+        if self.modules_to_save is not None and not isinstance(self.modules_to_save, list):
+            raise DeloraConfigError(f"modules_to_save is {self.modules_to_save!r}; it must be a list of names")
+        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        for pattern in (*self.rank_pattern, *self.lambda_pattern, *layers, *(self.modules_to_save or ())):
+            _check_regex(pattern)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The fields as one JSON object."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DeloraConfig:
+        """The inverse of `to_dict`. An unknown key is an error that names the nearest known one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+                raise DeloraConfigError(f"unknown DeloraConfig field {key!r}{hint}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> DeloraConfig:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+    def rank_of(self, name: str) -> int:
+        """Rank of the layer called `name`."""
+        return self.rank_pattern.get(_pattern_for(self.rank_pattern, name), self.r)
+
+    def lambda_of(self, name: str, in_features: int) -> float:
+        """Initial lambda of the layer called `name`, which has `in_features` inputs."""
+        pattern = _pattern_for(self.lambda_pattern, name)
+        if self.relative_lambda is None or pattern in self.lambda_pattern:
+            return self.lambda_pattern.get(pattern, self.delora_lambda)
+        return self.relative_lambda * math.sqrt(self.rank_of(name) * in_features)
+
+
+def _pattern_for(patterns: Iterable[str], name: str) -> str:
+    """The first pattern that fits the end of `name`, else `name` itself."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), name)
+
+
+def _check_regex(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise DeloraConfigError(f"{pattern!r} is not a regular expression: {error}") from error

@@ -1,0 +1,305 @@
+"""Adapters in a module: inject, remove, choose which act, and look them up. The method itself is in `delora.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .block_weights import Weight, layer_weights, listed, one_each
+from .config import DeloraConfig
+from .delora import DeloraAdapter, DeloraLayer, add_update, base_weight
+from .targets import target_linears, within
+
+# ---- injecting and removing ----------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    """What an adapted module must remember; it hangs on the module, so that a deepcopy carries it along."""
+
+    configs: dict[str, DeloraConfig] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)  # of the base's parameters, before any adapter
+    trained_in_full: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)  # adapter -> name -> its value
+    base_values: dict[str, nn.Parameter] = field(default_factory=dict)  # parameters that a value above stands in for
+    enabled: bool = True  # False: no adapter acts, and the base's own parameters are in
+
+
+def inject_delora(
+    module: nn.Module,
+    config: DeloraConfig,
+    adapter_name: str = "default",
+    *,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """Add an adapter to the Linear layers that `config` names, freeze everything else, and make it the active one.
+
+    The norms w are taken now: load the base's weights first (an adapter's file brings its own norms along).
+
+    Args:
+        module: any module; its layers stay where and what they are.
+        config: which layers, which rank, which lambda.
+        adapter_name: a name that `module` does not use yet, without dots.
+        generator: a CPU generator for A and B; torch's global one if None.
+
+    Returns:
+        The names of the adapted layers, in module order.
+
+    Raises:
+        ValueError: the name is taken or unusable, or `config` matches nothing.
+        TypeError: `config` names a layer that is not Linear.
+    """
+    record = getattr(module, "_delora", None) or Record()
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        raise ValueError(f"{adapter_name!r} cannot name an adapter; use letters, digits, - and _")
+    if adapter_name in record.configs:
+        raise ValueError(
+            f"{type(module).__name__} has an adapter {adapter_name!r} already; remove it or choose another name"
+        )
+    targets = target_linears(module, config)
+    adapters = {}
+    for name, linear in targets.items():  # everything that can fail comes before the module is touched
+        w_norm = torch.linalg.vector_norm(base_weight(linear), dim=0)
+        rank = config.rank_of(name)
+        adapter = DeloraAdapter(
+            w_norm.cpu() if generator else w_norm, linear.out_features, rank=rank, dropout=config.module_dropout
+        )
+        adapter.initialise(config.lambda_of(name, linear.in_features), config.init_weights, generator)
+        adapters[name] = adapter.to(w_norm.device)
+    full = _trained_in_full(module, config, targets, record.base_values)
+    adapted = [name for name in delora_layers(module) if f"{name}.weight" in full]
+    saved = {name for values in record.trained_in_full.values() for name in values}
+    if clash := adapted + [name for name in targets if f"{name}.weight" in saved]:
+        raise ValueError(
+            f"{clash[0]!r} cannot be adapted by one adapter and trained in full by another; leave it out of one"
+        )
+    if not record.configs:
+        record.requires_grad = {name: p.requires_grad for name, p in module.named_parameters()}
+        module.requires_grad_(False)
+    for name, linear in targets.items():
+        if not hasattr(linear, "delora"):
+            layer = linear.delora = DeloraLayer()
+            layer.enabled = record.enabled
+            layer.hook = linear.register_forward_hook(add_update)
+        layer_of(linear).adapters[adapter_name] = adapters[name].train(linear.training)
+    record.configs[adapter_name] = config
+    record.trained_in_full[adapter_name] = full
+    module._delora = record  # type: ignore[assignment]
+    set_delora_adapters(module, adapter_name)
+    return list(targets)
+
+
+def _trained_in_full(
+    module: nn.Module, config: DeloraConfig, targets: dict[str, nn.Linear], base_values: dict[str, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Trainable copies of the base parameters that `bias` and `modules_to_save` name."""
+    names = []
+    for name, _ in module.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        saved = any(within(pattern, owner) for pattern in config.modules_to_save or ())
+        bias = leaf == "bias" and (config.bias == "all" or (config.bias == "delora_only" and owner in targets))
+        if (saved or bias) and "delora" not in name.split("."):
+            names.append(name)
+    for pattern in config.modules_to_save or ():
+        if not any(within(pattern, name.rpartition(".")[0]) for name in names):
+            raise ValueError(
+                f"modules_to_save {pattern!r} matches no module with parameters in {type(module).__name__}"
+            )
+    base = {name: base_values.get(name, module.get_parameter(name)) for name in names}
+    return {name: nn.Parameter(value.detach().clone()) for name, value in base.items()}
+
+
+def remove_delora(module: nn.Module, adapter_name: str | None = None) -> None:
+    """Take an adapter (all of them if None) out again: the exact inverse of `inject_delora`.
+
+    If it is merged, all adapters are unmerged first; those that stay act beside the weights.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    record = record_of(module)
+    names = list(record.configs) if adapter_name is None else [known_adapter(record, adapter_name)]
+    if any(name in layer.merged for _, layer in adapted_layers(module) for name in names):
+        for linear, layer in adapted_layers(module):
+            layer.restore(linear)
+    active = [name for name in active_delora_adapters(module) if name not in names]
+    _swap_in(module, record, active)
+    for linear, layer in adapted_layers(module):
+        layer.active = tuple(name for name in layer.active if name not in names)
+        for name in names:
+            if name in layer.adapters:
+                del layer.adapters[name]
+        if not layer.adapters:
+            if layer.hook is not None:
+                layer.hook.remove()
+            del linear.delora
+    for name in names:
+        del record.configs[name], record.trained_in_full[name]
+    if not record.configs:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
+        del module._delora
+
+
+# ---- which adapters act --------------------------------------------------------------------------
+
+
+def set_delora_adapters(
+    module: nn.Module, names: str | Sequence[str], weights: Weight | Sequence[Weight] = 1.0
+) -> None:
+    """Make exactly these adapters active, each with its weight (its lambda times `weight` is its strength).
+
+    A weight is a number, or numbers by block or path (see `block_weights`). Weights are tensors: nothing is loaded or
+    compiled again when they change.
+
+    Raises:
+        ValueError: an unknown name or block, a number of weights that is not the number of names, or a merged adapter
+            at another weight than it was merged with (merged ones stay merged, active or not).
+    """
+    names = listed(names)
+    chosen = planned_weights(module, names, weights)
+    _swap_in(module, record_of(module), names)
+    for path, linear in delora_layers(module).items():
+        layer = layer_of(linear)
+        layer.active = tuple(name for name in names if name in layer.adapters)
+        for name in layer.active:
+            layer[name].delora_weight.fill_(chosen[name][path])
+
+
+def planned_weights(
+    module: nn.Module, names: Sequence[str], weights: Weight | Sequence[Weight]
+) -> dict[str, dict[str, float]]:
+    """adapter -> layer -> weight, as `set_delora_adapters` sets them; raises what it raises, and changes nothing."""
+    layers = {path: layer_of(linear) for path, linear in delora_layers(module).items()}
+    chosen = {}
+    for name, value in one_each(names, weights).items():
+        known_adapter(record_of(module), name)
+        chosen[name] = layer_weights(value, module, [path for path, layer in layers.items() if name in layer.adapters])
+        for path, strength in chosen[name].items():
+            if not math.isfinite(strength):
+                raise ValueError(f"weight of {name!r} is {strength}; it must be finite")
+            merged = layers[path].merged.get(name, strength)
+            if merged != strength:
+                raise ValueError(f"adapter {name!r} is merged at weight {merged:g}; unmerge_delora first")
+    return chosen
+
+
+def active_delora_adapters(module: nn.Module) -> list[str]:
+    """Names of the active adapters of `module`, in the order they act."""
+    seen: dict[str, None] = {}
+    for _, layer in adapted_layers(module):
+        seen.update(dict.fromkeys(layer.active))
+    return list(seen)
+
+
+def enable_delora(module: nn.Module, enabled: bool = True) -> None:
+    """Let the active adapters act, or (False) let none act. Merged weights stay as they are."""
+    record = record_of(module)
+    record.enabled = enabled
+    _swap_in(module, record, active_delora_adapters(module))
+    for _, layer in adapted_layers(module):
+        layer.enabled = enabled
+
+
+@contextlib.contextmanager
+def delora_disabled(module: nn.Module) -> Iterator[None]:
+    """The base model for the length of a `with` block, also while adapters are merged."""
+    layers = adapted_layers(module)
+    merged = [(linear, layer.base_weight) for linear, layer in layers if layer.base_weight is not None]
+    held = [linear.weight.detach().clone() for linear, _ in merged]
+    was_enabled = all(layer.enabled for _, layer in layers)
+    enable_delora(module, False)
+    with torch.no_grad():
+        for linear, weight in merged:
+            linear.weight.copy_(weight)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (linear, _), weight in zip(merged, held, strict=True):
+                linear.weight.copy_(weight)
+        enable_delora(module, was_enabled)
+
+
+def _swap_in(module: nn.Module, record: Record, names: Sequence[str]) -> None:
+    """Put the base's own parameters back, then those that the adapters `names` trained in full in their place."""
+    wanted: dict[str, nn.Parameter] = {}
+    for adapter in names:
+        for name, parameter in record.trained_in_full[adapter].items():
+            if name in wanted:
+                raise ValueError(f"two of the adapters {list(names)} trained {name!r} in full; activate one of them")
+            wanted[name] = parameter
+    for name, parameter in record.base_values.items():
+        _set_parameter(module, name, parameter)
+    record.base_values = {}
+    for name, parameter in wanted.items() if record.enabled else ():
+        record.base_values[name] = module.get_parameter(name)
+        _set_parameter(module, name, parameter)
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in another's place, on the device and in the dtype the module has been moved to meanwhile."""
+    owner, _, leaf = name.rpartition(".")
+    there = module.get_parameter(name)
+    parameter.data = parameter.data.to(there.device, there.dtype)
+    setattr(module.get_submodule(owner), leaf, parameter)
+
+
+# ---- looking adapters up ------------------------------------------------------------------------
+
+
+def delora_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """The adapted Linear layers of `module` by name."""
+    return {name: m for name, m in module.named_modules() if isinstance(getattr(m, "delora", None), DeloraLayer)}  # type: ignore[misc]
+
+
+def delora_adapters(module: nn.Module, adapter_name: str = "default") -> dict[str, DeloraAdapter]:
+    """The adapters called `adapter_name`, by the name of the layer they adapt.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    known_adapter(record_of(module), adapter_name)
+    layers = {name: layer_of(linear) for name, linear in delora_layers(module).items()}
+    return {name: layer[adapter_name] for name, layer in layers.items() if adapter_name in layer.adapters}
+
+
+def delora_config(module: nn.Module, adapter_name: str = "default") -> DeloraConfig:
+    """The configuration an adapter was injected with."""
+    record = record_of(module)
+    return record.configs[known_adapter(record, adapter_name)]
+
+
+def delora_names(module: nn.Module) -> list[str]:
+    """Names of the adapters in `module`, active or not; none for a module without adapters."""
+    record: Record | None = getattr(module, "_delora", None)
+    return list(record.configs) if record else []
+
+
+def record_of(module: nn.Module) -> Record:
+    record: Record | None = getattr(module, "_delora", None)
+    if record is None:
+        raise ValueError(f"this {type(module).__name__} has no adapter; inject_delora or load one first")
+    return record
+
+
+def known_adapter(record: Record, name: str) -> str:
+    if name not in record.configs:
+        raise ValueError(f"no adapter is called {name!r}; there are: {', '.join(record.configs)}")
+    return name
+
+
+def layer_of(linear: nn.Linear) -> DeloraLayer:
+    """The adapters of an adapted Linear."""
+    layer = linear.delora
+    assert isinstance(layer, DeloraLayer)
+    return layer
+
+
+def adapted_layers(module: nn.Module) -> list[tuple[nn.Linear, DeloraLayer]]:
+    """The adapted Linear layers of `module`, each with its adapters."""
+    return [(linear, layer_of(linear)) for linear in delora_layers(module).values()]

@@ -1,0 +1,117 @@
+"""The tensors of an adapter: read them out of a module, load them into one, measure them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .delora import NORM_FLOOR, base_weight
+from .inject import delora_adapters, delora_layers, record_of
+
+#: Half-precision bases shift a column norm by less than this; another fine-tune of the same model by far more.
+BASE_TOLERANCE = 5e-3
+
+
+def delora_state_dict(
+    module: nn.Module, adapter_name: str = "default", *, at_current_weight: bool = False
+) -> dict[str, Tensor]:
+    """The adapter's tensors: `<layer>.delora_A` (r, in), `.delora_B` (out, r), `.delora_lambda` (1,),
+    `.delora_w_norm` (in,); `_init` copies for a residual adapter; parameters trained in full under their own names.
+
+    Args:
+        at_current_weight: multiply lambda by the weight the adapter has now, as `set_delora_adapters` gave it.
+    """
+    tensors = {}
+    for name, adapter in delora_adapters(module, adapter_name).items():
+        for leaf, tensor in adapter.tensors().items():
+            scaled = at_current_weight and leaf.startswith("delora_lambda")
+            tensors[f"{name}.{leaf}"] = tensor.detach() * adapter.delora_weight if scaled else tensor.detach()
+    return tensors | {name: p.detach() for name, p in record_of(module).trained_in_full[adapter_name].items()}
+
+
+@dataclass(frozen=True)
+class StateReport:
+    """What was filled: adapted layers, parameters trained in full, and how far the base's column norms are from those
+    that the adapter was trained on (the largest relative difference of a layer; None if not compared)."""
+
+    layers: int
+    in_full: int
+    base_off: float | None
+
+
+@torch.no_grad()
+def load_delora_state_dict(
+    module: nn.Module, tensors: dict[str, Tensor], adapter_name: str = "default", *, check_base: bool = True
+) -> StateReport:
+    """Fill an injected adapter from `delora_state_dict`'s tensors. Nothing is changed unless everything fits.
+
+    Args:
+        check_base: compare the stored column norms with those of `module`. The stored ones are used either way, so
+            that the update is the one that was trained.
+
+    Raises:
+        ValueError: missing, left-over, misshapen or non-finite tensors, or another base; with counts and names.
+    """
+    own = delora_state_dict(module, adapter_name)
+    problems = [
+        _listed("missing", [name for name in own if name not in tensors]),
+        _listed("unexpected", [name for name in tensors if name not in own]),
+        _listed("of another shape", [f"{n} {tuple(tensors[n].shape)} for {tuple(t.shape)}" for n, t in own.items()
+                                     if n in tensors and tensors[n].shape != t.shape]),
+        _listed("not finite", [n for n, t in tensors.items() if not t.isfinite().all()]),
+    ]  # fmt: skip
+    if any(problems):
+        raise ValueError(f"adapter does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}")
+    off = _check_base(module, own, tensors) if check_base else None
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+    layers = delora_adapters(module, adapter_name)
+    return StateReport(len(layers), len(record_of(module).trained_in_full[adapter_name]), off)
+
+
+def _check_base(module: nn.Module, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> float | None:
+    """The largest difference of a layer's column norms, or an error where it is that of another base."""
+    layers = delora_layers(module)
+    largest = None
+    for name in (n for n in own if n.endswith(".delora_w_norm") and not own[n].is_meta):
+        here = torch.linalg.vector_norm(base_weight(layers[name.removesuffix(".delora_w_norm")]), dim=0)
+        there = tensors[name].to(here)
+        off = float(torch.linalg.vector_norm(there - here) / torch.linalg.vector_norm(here).clamp(min=NORM_FLOOR))
+        largest = max(off, largest or 0.0)
+        if off > BASE_TOLERANCE:
+            raise ValueError(
+                f"adapter was trained on another base than this {type(module).__name__}: the column norms of "
+                f"{name.removesuffix('.delora_w_norm')} differ by {off:.1%}; load the base it was trained on, or pass "
+                f"check_base=False to apply it all the same"
+            )
+    return largest
+
+
+def _listed(what: str, names: list[str]) -> str:
+    return f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+
+
+@torch.no_grad()
+def update_norms(module: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """|dW|_F / |W|_F of every adapted layer, at the adapter's current weight (see `LowRank.norm`)."""
+    ratios = {
+        name: adapter.factors().norm() / torch.linalg.vector_norm(adapter.delora_w_norm)
+        for name, adapter in delora_adapters(module, adapter_name).items()
+    }
+    return dict(zip(ratios, torch.stack(list(ratios.values())).tolist(), strict=True))
+
+
+@torch.no_grad()
+def current_lambdas(module: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """lambda of every adapted layer, times the weight that the adapter has now."""
+    values = {n: a.delora_lambda * a.delora_weight for n, a in delora_adapters(module, adapter_name).items()}
+    return dict(zip(values, torch.cat(list(values.values())).tolist(), strict=True))
+
+
+def print_trainable_parameters(module: nn.Module) -> None:
+    """Print how many parameters are trained, of how many, in PEFT's words."""
+    parameters = [p for name, p in module.named_parameters()]
+    trained, total = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")

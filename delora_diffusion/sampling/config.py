@@ -1,0 +1,75 @@
+"""Options of drawing images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..base.config import DTYPES, SINGLE_FILE_CONFIG
+from ..options import OptionError, at_least, option
+
+#: Short names of samplers, as A1111 and ComfyUI users know them, and diffusers' classes.
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+@dataclass(frozen=True)
+class DrawingConfig:
+    """How images are drawn."""
+
+    single_file_config: str | None = option(None, SINGLE_FILE_CONFIG)
+    seeds: list[int] = option(
+        [0], "seeds; the same seed gives the same image in any batch, on any number of processes"
+    )
+    strengths: list[float] = option([1.0], "adapter strengths: 0 is the base, 1 as trained")
+    negative_prompt: str | None = option(None, "negative prompt of all images")
+    scheduler: str | None = option(None, "sampler; unset: the base's own", choices=tuple(SCHEDULERS))
+    num_inference_steps: int | None = option(None, "sampling steps; unset: usual for the base")
+    guidance_scale: float | None = option(None, "classifier-free guidance; unset: usual for the base")
+    height: int | None = option(None, "height in pixels; unset: the base's own size")
+    width: int | None = option(None, "width in pixels; unset: the base's own size")
+    batch_size: int = option(4, "images drawn at once")
+    dtype: str = option(
+        "auto", "precision; auto: the family's half precision on a GPU, fp32 on the CPU", choices=DTYPES
+    )
+    device: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
+    enable_model_cpu_offload: bool = option(
+        False, "less memory, slower: components wait in the CPU's for their turn, one picture is decoded at a time"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.seeds or not self.strengths:
+            raise OptionError("seeds and strengths need at least one value each")
+        at_least(self, 1, "num_inference_steps", "batch_size")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Batch sampling."""
+
+    adapter: list[str] = option([], "adapters to draw with, each by itself: files, folders or Hub ids; none: the base")
+    pretrained_model_name_or_path: str | None = option(
+        None, "folder or Hub id of the base pipeline; unset: the one the adapter was trained on"
+    )
+    output_dir: str = option("delora-samples", "folder for images, manifest.jsonl and contact_sheet.png")
+    prompts: list[str] = option([], "prompts")
+    prompts_file: str | None = option(
+        None, "file with a prompt a line; empty lines and lines that start with # are skipped"
+    )
+    images_per_prompt: int = option(1, "images per prompt and seed")
+
+    def __post_init__(self) -> None:
+        if not self.prompts and not self.prompts_file:
+            raise OptionError("no prompts; give --prompts, or --prompts_file with one a line")
+        if not self.adapter and not self.pretrained_model_name_or_path:
+            raise OptionError(
+                "nothing to draw with; give --adapter, or --pretrained_model_name_or_path for the base alone"
+            )
+        at_least(self, 1, "images_per_prompt")

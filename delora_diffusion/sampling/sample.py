@@ -1,0 +1,226 @@
+"""Batch sampling: prompts x adapters x strengths x seeds -> images, a manifest and a contact sheet.
+
+An image's file name contains a hash of everything that made it, so a second run draws only what is missing, and an
+adapter that was trained again gets new images. Work is split over processes under `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import itertools
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from ..adapters.adapter import Adapter, base_of
+from ..adapters.read import read_adapter
+from ..atomic import complete_file
+from ..base.config import ModelConfig
+from ..base.load import half_precision, load_base
+from ..data.prompts import read_prompts
+from ..pipeline import load_delora_weights, set_adapters
+from ..run_folder import SHEET_NAME
+from ..seeds import derived_seed
+from .config import DrawingConfig, SamplingConfig
+from .contact_sheet import contact_sheet
+from .generate import Prompts, generate, quiet, set_sampler
+from .offload import components_on
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to draw. `settings` is its line in the manifest: all that is needed to draw it again."""
+
+    settings: dict[str, Any]
+    adapter: int | None  # place in the list of adapters; None: the base
+
+    @property
+    def file(self) -> str:
+        """File name: readable, and unique to the settings."""
+        told = json.dumps(self.settings, sort_keys=True)
+        slug = re.sub(r"[^a-z0-9]+", "-", self.settings["prompt"].lower()).strip("-")[:48] or "image"
+        return f"{slug}_{self.settings['seed']}_{hashlib.sha256(told.encode()).hexdigest()[:10]}.png"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be drawn, and with what."""
+
+    adapters: list[Adapter]
+    base: str
+    precision: str
+    jobs: list[Job]
+
+
+def sample(config: SamplingConfig, drawing: DrawingConfig) -> Path:
+    """Draw what is missing in `config.output_dir`; returns the contact sheet.
+
+    Raises:
+        OptionError, AdapterFileError, BaseModelError, ValueError: nothing is drawn; images drawn earlier stay.
+    """
+    state = processes(drawing.device)
+    device = drawing.device or state.device
+    planned = plan(config, drawing)
+    out, jobs = Path(config.output_dir), planned.jobs
+    out.mkdir(parents=True, exist_ok=True)
+    missing = [job for job in jobs if not (out / job.file).is_file()]
+    if state.is_main_process:
+        there = len(jobs) - len(missing)
+        log.info("%d images, %d of them are there already; %s on %s", len(jobs), there, planned.base, device)
+    state.wait_for_everyone()  # every process has seen the same files
+    try:
+        if missing:
+            _draw_missing(out, drawing, missing, planned, device, state)
+        state.wait_for_everyone()
+    finally:
+        if state.is_main_process:
+            write_manifest(out, jobs)
+    sheet = out / SHEET_NAME
+    if state.is_main_process:
+        with complete_file(sheet) as aside:
+            sheet_of(out, jobs).save(aside)
+    state.wait_for_everyone()
+    return sheet
+
+
+def processes(device: str | None) -> Any:
+    """This process among those that were launched together: accelerate's PartialState.
+
+    Where there is no accelerator it must be told so, or each process takes itself for the only one. One that waits for
+    others does so for as long as they train or measure.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=datetime.timedelta(days=30))
+
+
+def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
+    """Every image that is asked for, prompt by prompt: the order of the contact sheet. Nothing is drawn."""
+    cpu = processes(drawing.device).device.type == "cpu"
+    adapters = [read_adapter(source) for source in config.adapter]
+    base = config.pretrained_model_name_or_path or base_of(
+        adapters, config.adapter, option="pretrained_model_name_or_path"
+    )
+    half = "fp32" if cpu or drawing.dtype != "auto" else half_precision(base, drawing.single_file_config)
+    precision = half if drawing.dtype == "auto" else drawing.dtype
+    shared = {
+        "negative_prompt": drawing.negative_prompt, "base": base, "scheduler": drawing.scheduler, "dtype": precision,
+        "num_inference_steps": drawing.num_inference_steps, "guidance_scale": drawing.guidance_scale,
+        "height": drawing.height, "width": drawing.width,
+    } | ({"single_file_config": drawing.single_file_config} if drawing.single_file_config else {})  # fmt: skip
+    hashes = [adapter_hash(adapter) for adapter in adapters]
+    sources: list[int | None] = list(range(len(adapters))) or [None]
+    prompts = read_prompts(config.prompts, config.prompts_file, option="prompts_file")
+    repeats = range(config.images_per_prompt)
+    jobs = []
+    for prompt, number, strength, seed, repeat in itertools.product(
+        prompts, sources, drawing.strengths, drawing.seeds, repeats
+    ):
+        own = {
+            "prompt": prompt,
+            "seed": derived_seed(seed, repeat) if repeat else seed,
+            "strength": strength if number is not None else None,
+            "adapter": config.adapter[number] if number is not None else None,
+            "adapter_hash": hashes[number] if number is not None else None,
+        }
+        jobs.append(Job(own | shared, number))
+    return Plan(adapters, base, precision, jobs)
+
+
+def write_manifest(out: Path, jobs: Sequence[Job]) -> None:
+    """One JSON line for every image that is there: those of `jobs`, after those of earlier runs."""
+    path = out / "manifest.jsonl"
+    rows = {}
+    if path.is_file():
+        rows = {row["file"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    rows |= {job.file: {"file": job.file, **job.settings} for job in jobs}
+    present = [json.dumps(row, ensure_ascii=False) for name, row in rows.items() if (out / name).is_file()]
+    with complete_file(path) as aside:
+        aside.write_text("".join(f"{line}\n" for line in present), encoding="utf-8")
+
+
+def sheet_of(out: Path, jobs: Sequence[Job], *, cell: int = 192) -> Image.Image:
+    """The images of `jobs` on a grid: a row for each prompt, a column for each adapter, strength and seed."""
+    prompts = list(dict.fromkeys(job.settings["prompt"] for job in jobs))
+    rows = [[job for job in jobs if job.settings["prompt"] == prompt] for prompt in prompts]
+    images = [[_opened(out / job.file, cell) for job in row] for row in rows]
+    varied = [key for key in ("adapter", "strength", "seed") if len({job.settings[key] for job in rows[0]}) > 1]
+    columns = [", ".join(_label(job.settings, key) for key in varied) for job in rows[0]]
+    return contact_sheet(images, row_labels=prompts, column_labels=columns if varied else (), cell=cell)
+
+
+def _label(settings: dict[str, Any], key: str) -> str:
+    value = settings[key]
+    if key == "adapter":
+        return Path(value or "base").name
+    return f"{key} {value:g}" if key == "strength" else f"{key} {value}"
+
+
+def _opened(path: Path, side: int) -> Image.Image:
+    with Image.open(path) as image:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        return image.convert("RGB")
+
+
+def _draw_missing(
+    out: Path, drawing: DrawingConfig, missing: Sequence[Job], planned: Plan, device: Any, state: Any
+) -> None:
+    base = ModelConfig(planned.base, drawing.single_file_config, base_dtype=planned.precision)
+    pipe = load_base(base, precision="no")
+    if drawing.scheduler:
+        set_sampler(pipe, drawing.scheduler)
+    for number, adapter in enumerate(planned.adapters):
+        load_delora_weights(pipe, adapter, f"adapter_{number}")
+    sizes = {name: value for name, value in (("height", drawing.height), ("width", drawing.width)) if value}
+    batches = list(_batches(missing, drawing.batch_size))[state.process_index :: state.num_processes]
+    bar = tqdm(total=sum(map(len, batches)), desc="images", disable=not state.is_main_process)
+    with components_on(pipe, torch.device(device), offload=drawing.enable_model_cpu_offload), quiet(pipe), bar:
+        for batch in batches:
+            if batch[0].adapter is not None:
+                set_adapters(pipe, f"adapter_{batch[0].adapter}", batch[0].settings["strength"])
+            prompts = Prompts([job.settings["prompt"] for job in batch], drawing.negative_prompt)
+            seeds = [job.settings["seed"] for job in batch]
+            images = generate(
+                pipe, prompts, seeds, num_inference_steps=drawing.num_inference_steps,
+                guidance_scale=drawing.guidance_scale, **sizes,
+            )  # fmt: skip
+            for job, image in zip(batch, images, strict=True):
+                told = PngInfo()
+                told.add_text("delora", json.dumps(job.settings))
+                with complete_file(out / job.file) as aside:
+                    image.save(aside, pnginfo=told)
+            bar.update(len(batch))
+
+
+def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
+    """Jobs that share adapter and strength, at most `size` at once."""
+    groups: dict[tuple[int | None, float | None], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.adapter, job.settings["strength"]), []).append(job)
+    for group in groups.values():
+        for first in range(0, len(group), size):
+            yield group[first : first + size]
+
+
+def adapter_hash(adapter: Adapter) -> str:
+    """Hash of an adapter's tensors: the same file elsewhere is the same adapter, a retrained one is not."""
+    digest = hashlib.sha256()
+    for component, tensors in sorted(adapter.tensors.items()):
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{component}.{name}".encode())
+            digest.update(tensor.contiguous().float().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,152 @@
+"""Training state on disk: complete or absent, tensors and JSON only, enough to go on bit for bit.
+
+Noise, timesteps and the order of photos are functions of (seed, step), so no state of a random generator is stored.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..adapters.adapter import write_adapter
+from ..adapters.read import read_adapter
+from ..adapters.safetensors_file import AdapterFileError
+from ..atomic import complete_folder
+from ..options import options_with
+from ..run_folder import RunFolder, step_of
+from .config import GROUPS
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which, why and what to do."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: optimiser steps done, the options it was started with, what it trains on."""
+
+    step: int
+    options: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    progress: Progress,
+    adapter: Any,
+    optimizer: torch.optim.Optimizer,
+    ema: Mapping[str, Tensor] | None,
+) -> None:
+    """Write everything a continuation needs into `folder`, which is complete or absent."""
+    tensors, packed = _flatten(optimizer.state_dict())
+    state = {"step": progress.step, "options": progress.options, "identity": progress.identity, "optimizer": packed}
+    with complete_folder(folder) as aside:
+        write_adapter(aside, adapter)
+        save_file(tensors, aside / "optimizer.safetensors")
+        if ema is not None:
+            save_file({name: t.cpu().contiguous() for name, t in ema.items()}, aside / "ema.safetensors")
+        (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where the run in a checkpoint stands.
+
+    Raises:
+        CheckpointError: `folder` is no complete checkpoint.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return Progress(state["step"], state["options"], state["identity"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is no checkpoint ({error}); give a checkpoint-N folder, or latest") from error
+
+
+def read_checkpoint(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Tensor] | None]:
+    """The adapter and the moving average (if any) in a checkpoint; the optimiser is filled in place.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    try:
+        adapter = read_adapter(folder)
+        packed = json.loads((folder / "state.json").read_text(encoding="utf-8"))["optimizer"]
+        optimizer.load_state_dict(_unflatten(load_file(folder / "optimizer.safetensors"), packed))
+        average = folder / "ema.safetensors"
+        return adapter, load_file(average) if average.is_file() else None
+    except (AdapterFileError, SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot resume from {folder}: {error}; resume from an earlier checkpoint") from error
+
+
+def check_continues(folder: Path, then: Progress, now: Progress) -> None:
+    """Refuse a continuation that would not compute what the run computed.
+
+    Raises:
+        CheckpointError: other photos, another base, or options that differ (all are listed).
+    """
+    free = options_with(*GROUPS, resume="free")
+    before, after = then.options | then.identity, now.options | now.identity
+    changed = [f"{k} was {before.get(k)!r} and is {after.get(k)!r}" for k in after
+               if k not in free and before.get(k) != after.get(k)]  # fmt: skip
+    if changed:
+        raise CheckpointError(
+            f"{folder} belongs to another run: {'; '.join(changed)}; set these back, or start afresh without "
+            f"resume_from_checkpoint in another output_dir"
+        )
+
+
+def find_checkpoint(output_dir: Path, asked: str) -> Path | None:
+    """The checkpoint folder that `--resume_from_checkpoint` means; None for "latest" when there is none yet.
+
+    Raises:
+        CheckpointError: a named folder that does not exist.
+    """
+    if asked == "latest":
+        return max(RunFolder(output_dir).checkpoints(), key=step_of, default=None)
+    for folder in (Path(asked), output_dir / asked):
+        if folder.is_dir():
+            return folder
+    have = ", ".join(p.name for p in RunFolder(output_dir).checkpoints()) or "none"
+    raise CheckpointError(f"no checkpoint {asked}; {output_dir} has: {have}")
+
+
+def keep_newest(output_dir: Path, limit: int | None) -> None:
+    """Delete all but the newest `limit` checkpoints."""
+    if limit is not None:
+        for folder in RunFolder(output_dir).checkpoints()[:-limit]:
+            shutil.rmtree(folder)
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """An optimiser's state as tensors by name, and the rest as JSON, where {"tensor": name} stands for one."""
+    tensors: dict[str, Tensor] = {}
+
+    def packed(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[path] = value.detach().cpu().contiguous().clone()
+            return {"tensor": path}
+        if isinstance(value, dict):
+            return {"dict": [[key, packed(item, f"{path}.{key}")] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)):
+            return [packed(item, f"{path}.{number}") for number, item in enumerate(value)]
+        return value
+
+    return tensors, packed(state, "optimizer")
+
+
+def _unflatten(tensors: Mapping[str, Tensor], packed: Any) -> Any:
+    """The inverse of `_flatten`; keys keep their types, tuples come back as lists."""
+    if isinstance(packed, dict) and "tensor" in packed:
+        return tensors[packed["tensor"]]
+    if isinstance(packed, dict):
+        return {key: _unflatten(tensors, item) for key, item in packed["dict"]}
+    return [_unflatten(tensors, item) for item in packed] if isinstance(packed, list) else packed

@@ -1,0 +1,247 @@
+"""Every option of the trainer, one frozen dataclass per concern.
+
+Names are those of diffusers' DreamBooth scripts where the meaning is the same. `options.py` turns these into flags,
+YAML keys and the README's table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..base.config import PRECISIONS, ModelConfig
+from ..base.objective import TIMESTEP_SAMPLINGS
+from ..data.config import DataConfig
+from ..data.prompts import UNRELATED_PROMPTS, has_token
+from ..method.config import BIAS_CHOICES, INIT_CHOICES
+from ..options import OptionError, at_least, option
+
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+#: How the best adapter of a run is chosen, see `watch.score_of`.
+KEEP_BEST = ("none", "fidelity", "balanced")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The adapter."""
+
+    rank: int = option(16, "rank of the update in every layer")
+    relative_lambda: float = option(
+        0.05, "strength: |dW| / |W| with orthogonal components; lambda follows, as relative_lambda sqrt(rank inputs)"
+    )
+    delora_lambda: float | None = option(
+        None, "strength as lambda itself, the same in every layer, instead: |dW| <= lambda * largest column norm of W"
+    )
+    init_weights: str = option("zero", "start of A and B", choices=INIT_CHOICES)
+    lambda_warmup_steps: int | None = option(
+        None,
+        "ramp the strength linearly from 0 over this many steps; unset: half of max_train_steps",
+        resume="free",
+    )
+    module_dropout: float = option(0.0, "dropout on the adapters' inputs")
+    target_modules: str | list[str] | None = option(
+        None, "layers to adapt: attention, attention+ff, all-linear, names, or one regex; unset: attention"
+    )
+    exclude_modules: str | list[str] | None = option(None, "layers to leave out, in the same forms")
+    rank_pattern: dict[str, int] = option({}, "ranks that differ, {name or regex: rank}")
+    lambda_pattern: dict[str, float] = option({}, "lambdas that differ, {name or regex: lambda}")
+    bias: str = option("none", "biases trained in full", choices=BIAS_CHOICES)
+    train_text_encoder: bool = option(False, "adapt the text encoder as well")
+    text_encoder_rank: int | None = option(None, "rank there; unset: rank")
+    text_encoder_lambda: float | None = option(None, "lambda there; unset: as for the denoiser")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Training."""
+
+    output_dir: str = option("delora-model", "folder for everything the run writes", resume="free")
+    overwrite_output_dir: bool = option(False, "start afresh in a folder that holds another run", resume="free")
+    seed: int = option(0, "seed of everything random")
+    max_train_steps: int = option(500, "optimiser steps", resume="free")
+    train_batch_size: int = option(1, "photos per step and process (class images come on top)", resume="free")
+    gradient_accumulation_steps: int = option(1, "batches per optimiser step", resume="free")
+    gradient_checkpointing: bool = option(False, "less memory for a fifth more time", resume="free")
+    estimate_memory: bool | None = option(
+        None,
+        "say first what every phase will take of the device's memory; unset: where there is a GPU",
+        resume="free",
+    )
+    mixed_precision: str | None = option(None, "autocast; unset: as accelerate is set up", choices=PRECISIONS)
+    optimizer: str = option("adamw", "optimiser", choices=OPTIMIZERS)
+    learning_rate: float = option(1e-3, "of A and B; without effect there unless direction_turn is 0 (prodigy: use 1)")
+    direction_turn: float = option(
+        0.1, "radians by which noise turns A and B in 100 steps; 0: learning_rate decides, from Kaiming lengths"
+    )
+    lambda_learning_rate: float = option(0.0, "learning rate of the strengths lambda; 0 keeps them fixed")
+    text_encoder_lr: float | None = option(None, "learning rate of A and B in the text encoder; unset: learning_rate")
+    adam_beta1: float = option(0.9, "decay of the first moment")
+    adam_beta2: float = option(0.999, "decay of the second moment")
+    adam_epsilon: float = option(1e-8, "epsilon of the optimiser")
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: do not")
+    lr_scheduler: str = option("constant", "schedule of the learning rates, in optimiser steps", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int = option(0, "steps of learning-rate warm-up")
+    snr_gamma: float | None = option(None, "min-SNR weighting of the loss with this gamma (5 is usual)")
+    timestep_sampling: str | None = option(
+        None, "how noise levels are drawn; unset: logit_normal for flow matching, else uniform",
+        choices=TIMESTEP_SAMPLINGS,
+    )  # fmt: skip
+    logit_mean: float = option(0.0, "mean of logit_normal; above 0 is more noise, as in the SD3 paper")
+    logit_std: float = option(1.0, "standard deviation of logit_normal")
+    mode_scale: float = option(1.29, "how much more often mode draws middle noise levels")
+    timestep_shift: float | None = option(
+        None, "shift of the noise levels in flow matching, above 1 is more noise; unset: the scheduler's own"
+    )
+    guidance_scale: float = option(3.5, "guidance that a guidance-distilled base (FLUX dev) is told in training")
+    use_ema: bool = option(False, "save an exponential moving average of the adapter")
+    ema_decay: float = option(0.99, "its decay")
+    checkpointing_steps: int = option(500, "steps between checkpoints; 0: only when interrupted", resume="free")
+    checkpoints_total_limit: int | None = option(None, "keep only the newest checkpoints", resume="free")
+    resume_from_checkpoint: str | None = option(None, 'a checkpoint folder, or "latest" of output_dir', resume="free")
+    report_to: str | None = option(None, "tracker: tensorboard, wandb, ... (accelerate's names)", resume="free")
+    push_to_hub: bool = option(False, "upload the result to the Hub", resume="free")
+    hub_model_id: str | None = option(
+        None, "name of the repository there; unset: the name of output_dir", resume="free"
+    )
+    portable_lora: bool = option(
+        True,
+        "also write the result as a LoRA, so that pipe.load_lora_weights(output_dir) works",
+        resume="free",
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
+        at_least(
+            self, 0, "direction_turn", "learning_rate", "lambda_learning_rate", "max_grad_norm", "lr_warmup_steps"
+        )
+        at_least(self, 0, "checkpointing_steps")
+        if self.checkpoints_total_limit is not None:
+            at_least(self, 1, "checkpoints_total_limit")
+        if not 0 <= self.ema_decay < 1:
+            raise OptionError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            raise OptionError(f"snr_gamma is {self.snr_gamma}; it must be positive (5 is usual), or left out")
+        if self.timestep_shift is not None and self.timestep_shift <= 0:
+            raise OptionError(
+                f"timestep_shift is {self.timestep_shift}; it must be positive (3 is SD3's), or left out"
+            )
+        if self.logit_std <= 0:
+            raise OptionError(f"logit_std is {self.logit_std}; it must be positive (1 is usual)")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Previews, and what is measured on them."""
+
+    validation_prompt: list[str] = option(
+        [],
+        "prompts of the previews; none: no previews; a .txt file stands for its lines",
+        resume="free",
+    )
+    validation_steps: int = option(
+        100,
+        "steps between previews; there is always one before the first step and one at the end",
+        resume="free",
+        figures="free",
+    )
+    num_validation_images: int = option(4, "images per prompt, with fixed seeds", resume="free")
+    validation_guidance_scale: float | None = option(
+        None, "guidance of the previews; unset: usual for the base", resume="free"
+    )
+    validation_num_inference_steps: int | None = option(
+        None,
+        "sampling steps of the previews; unset: usual for the base",
+        resume="free",
+    )
+    validation_negative_prompt: str | None = option(None, "negative prompt of the previews", resume="free")
+    validation_dino: str | None = option(
+        None,
+        "folder or Hub id of a DINO, DINOv2, DINOv3 or ViT: measure on every preview likeness and drift",
+        resume="free",
+        figures="free",
+    )
+    validation_clip: str | None = option(
+        None,
+        "folder or Hub id of a CLIP: measure on every preview prompt following, and likeness as CLIP-I",
+        resume="free",
+        figures="free",
+    )
+    validation_holdout_dir: str | None = option(
+        None,
+        "folder with photos of the subject that training does not see: likeness to these as well",
+        resume="free",
+        figures="free",
+    )
+    validation_world_prompt: list[str] = option(
+        list(UNRELATED_PROMPTS[:4]),
+        "prompts that have nothing to do with the subject, for drift; a .txt file stands for its lines",
+        resume="free",
+    )
+    trigger_token: str = option(
+        "sks", "the subject's rare word; prompt following is measured without it", resume="free"
+    )
+    keep_best: str | None = option(
+        None,
+        "keep in best/ the adapter of the preview with the highest fidelity, or (balanced) fidelity - 2 drift; "
+        "unset: balanced with an encoder, none without",
+        choices=KEEP_BEST,
+        resume="free",
+        figures="free",
+    )
+    patience: int | None = option(
+        None, "end training after this many previews in a row that are not the best yet", resume="free", figures="free"
+    )
+    strength_sheet: list[float] = option(
+        [],
+        "at the end draw the previews at these strengths, e.g. 0.5,0.75,...,1.5, and recommend one in the card",
+        resume="free",
+        figures="free",
+    )
+    enable_model_cpu_offload: bool = option(
+        False, "previews and class images with less memory: what waits for its turn is in the CPU's, one picture is "
+        "decoded at a time", resume="free", figures="free",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "validation_steps", "num_validation_images", "validation_num_inference_steps")
+        encoders = [name for name in ("validation_dino", "validation_clip") if getattr(self, name)]
+        measuring = [name for name in ("validation_holdout_dir", "patience") if getattr(self, name) is not None]
+        measuring += ["keep_best"] if self.keep_best in ("fidelity", "balanced") else []
+        if measuring and not encoders:
+            raise OptionError(
+                f"{' and '.join(measuring)} need figures to go by; give an encoder: validation_dino "
+                f"(e.g. facebook/dinov2-base), validation_clip (e.g. openai/clip-vit-base-patch32), or better both"
+            )
+        needing = [*encoders, *(["strength_sheet"] if self.strength_sheet else [])]
+        if needing and not self.validation_prompt:
+            raise OptionError(f"{' and '.join(needing)} look at the previews; give validation_prompt, a few prompts")
+        if encoders:
+            self._check_token()
+        if self.patience is not None:
+            at_least(self, 1, "patience")
+            if self.keep_best == "none":
+                raise OptionError("patience waits for a better adapter; give keep_best fidelity or balanced with it")
+        if encoders and self.keep_best != "fidelity" and self.keep_best != "none" and not self.validation_world_prompt:
+            raise OptionError("keep_best balanced weighs drift; give validation_world_prompt, or keep_best fidelity")
+        if any(strength <= 0 for strength in self.strength_sheet):
+            raise OptionError("strength_sheet holds a strength that is not positive; 0 is the base, 1 as trained")
+
+    def _check_token(self) -> None:
+        """The rare word tells prompts of the subject, whose pictures are measured, from the others."""
+        if not self.trigger_token:
+            raise OptionError('trigger_token is empty; give the rare word of the prompts, e.g. "sks"')
+        # a file's prompts are checked once it is read
+        if not any(has_token(p, self.trigger_token) or p.endswith(".txt") for p in self.validation_prompt):
+            raise OptionError(
+                f"no validation_prompt has the rare word {self.trigger_token!r} ({self.validation_prompt[0]!r}, ...), "
+                f"so there is no picture of the subject to measure; give the right trigger_token"
+            )
+        if named := [prompt for prompt in self.validation_world_prompt if has_token(prompt, self.trigger_token)]:
+            raise OptionError(
+                f"the validation_world_prompt {named[0]!r} has the rare word {self.trigger_token!r}; take it out: "
+                f"drift is measured on what has nothing to do with the subject"
+            )
+
+
+#: The groups of options of the trainer, as the command line takes them.
+GROUPS = (ModelConfig, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig)

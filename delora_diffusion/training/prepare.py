@@ -1,0 +1,225 @@
+"""A base model read in stages, so that no more of it is in memory than the stage needs.
+
+First the VAE and the photos, then the text encoders and the prompts, and only when these are encoded and their
+encoders gone, the denoiser. Class images are drawn last, from what the prompts were encoded to. A base that is one
+file is read at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils.memory import clear_device_cache
+from tqdm import tqdm
+
+from ..base.config import ModelConfig
+from ..base.load import load_base, outline
+from ..base.single_file import is_single_file
+from ..data.buckets import bucket_sizes
+from ..data.config import DataConfig
+from ..data.encode import Cache, Encoded, cache_latents, cache_negative, cache_prompts, fingerprint
+from ..data.photos import IMAGE_SUFFIXES, Example, class_examples
+from ..families import Conditioning, Family, check_sizes
+from ..sampling.generate import Prompts
+from ..sampling.offload import components_on
+from .class_images import fill_class_folder
+from .config import ValidationConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Prompts, encoded.
+
+    Attributes:
+        identity: names the text encoders by their content.
+        conditioning: of every caption; None while text encoders are trained.
+        preserved: of the prompts that the base is to be kept for.
+        shown: prompts of the previews.
+        unrelated: prompts that have nothing to do with the subject.
+        of_class: the class prompt.
+    """
+
+    identity: str
+    conditioning: dict[str, Conditioning] | None
+    preserved: dict[str, Conditioning]
+    shown: Prompts
+    unrelated: Prompts
+    of_class: Prompts
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The base model as training needs it, and everything that was encoded with it.
+
+    Attributes:
+        pipe: with the denoiser on the device; text encoders there too if they are trained, else gone; the VAE in the
+            CPU's memory if there are previews, else gone.
+        identity: names the base by its content.
+        classes: images of the class.
+        latents: of every view of photos and class images.
+        texts: prompts.
+    """
+
+    pipe: Any
+    identity: str
+    classes: list[Example]
+    latents: dict[str, Encoded]
+    texts: Texts
+
+
+def begin(model: ModelConfig, family: Family, *, precision: str) -> Any:
+    """The base pipeline without weights: tokenizers, scheduler, and the denoiser's outline. One file is whole already.
+
+    Raises:
+        BaseModelError: nothing there, or not a pipeline.
+    """
+    if is_single_file(model.pretrained_model_name_or_path):
+        return load_base(model, precision=precision)
+    absent = dict.fromkeys(("vae", *family.text_encoders))
+    return load_base(model, precision=precision, given=absent | {family.denoiser: outline(model, family.denoiser)})
+
+
+def prepare(
+    pipe: Any,
+    family: Family,
+    *,
+    model: ModelConfig,
+    data: DataConfig,
+    validation: ValidationConfig,
+    instances: Sequence[Example],
+    train_text: bool,
+    seed: int,
+    accelerator: Any,
+) -> Prepared:
+    """Read the base in stages; encode photos and prompts, and draw the class images that are missing.
+
+    Args:
+        pipe: from `begin`.
+
+    Raises:
+        BaseModelError, FamilyError, DataError: the base cannot be read, or not with these photos or this resolution.
+    """
+    precision = accelerator.mixed_precision
+    cache = Cache(Path(data.cache_dir) if data.cache_dir else None)
+
+    # ---- the VAE: photos
+    pipe = _with(pipe, model, precision, read=["vae"])
+    check_sizes(pipe, [(data.resolution, data.resolution)], option="resolution")
+    check_sizes(pipe, bucket_sizes(data.resolution, data.aspect_ratio_buckets), option="aspect_ratio_buckets")
+    vae = fingerprint(pipe.vae)
+    latents = _encode_photos(cache, pipe.vae, instances, data, vae, accelerator)
+
+    # ---- the text encoders: prompts
+    captions = [e.caption for e in instances] + (_class_captions(data, seed=seed) if _prior(data) else [])
+    pipe = _with(pipe, model, precision, read=family.text_encoders)
+    texts = _encode_prompts(
+        cache, pipe, family, captions, data=data, validation=validation, train_text=train_text, accelerator=accelerator
+    )
+    clear_device_cache(garbage_collection=True)
+
+    # ---- the denoiser: class images
+    pipe = _with(pipe, model, precision, read=[family.denoiser])
+    denoiser = getattr(pipe, family.denoiser)
+    identity = fingerprint(fingerprint(denoiser), vae, texts.identity)
+    if _prior(data):
+        _draw_classes(pipe, texts, data=data, validation=validation, seed=seed, accelerator=accelerator)
+    classes = class_examples(data, seed=seed)
+    latents |= _encode_photos(cache, pipe.vae, classes, data, vae, accelerator)
+    if not validation.validation_prompt:
+        pipe.vae = None
+    denoiser.to(accelerator.device)
+    return Prepared(pipe, identity, classes, latents, texts)
+
+
+def _with(pipe: Any, model: ModelConfig, precision: str, *, read: Sequence[str]) -> Any:
+    """The pipeline with further components read, and all others as they are."""
+    if is_single_file(model.pretrained_model_name_or_path):
+        return pipe
+    given = {name: part for name, part in pipe.components.items() if name not in read}
+    return load_base(model, precision=precision, given=given)
+
+
+def _encode_photos(
+    cache: Cache, vae: Any, examples: Sequence[Example], data: DataConfig, identity: str, accelerator: Any
+) -> dict[str, Encoded]:
+    """The latents of photos, encoded on the device; afterwards the VAE is in the CPU's memory."""
+    if not examples:
+        return {}
+    vae.to(accelerator.device)
+    latents = cache_latents(
+        cache, vae, examples, identity=identity,
+        progress=lambda views: tqdm(views, desc="encode", disable=not accelerator.is_main_process),
+    )  # fmt: skip
+    vae.to("cpu")
+    return latents
+
+
+def _encode_prompts(
+    cache: Cache, pipe: Any, family: Family, captions: Sequence[str], *, data: DataConfig,
+    validation: ValidationConfig, train_text: bool, accelerator: Any,
+) -> Texts:  # fmt: skip
+    """Encode every prompt on the device; then drop the encoders, unless they are trained."""
+    encoders = {name: module for name in family.text_encoders if (module := getattr(pipe, name, None)) is not None}
+    for module in encoders.values():
+        module.to(accelerator.device)
+    tokenizers = [getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in encoders]
+    identity = fingerprint(*encoders.values(), *map(_vocabulary, tokenizers))
+    weights = fingerprint(*map(fingerprint, encoders.values()))
+    kept = [data.class_prompt] if data.with_base_preservation and data.class_prompt else []
+    preserved = cache_prompts(cache, pipe, family, kept, identity=identity)
+    shown, world = validation.validation_prompt, validation.validation_world_prompt
+    negative = validation.validation_negative_prompt
+    of_class = Prompts([data.class_prompt] if _prior(data) and data.class_prompt else [])
+    if train_text:
+        return Texts(weights, None, preserved, Prompts(shown, negative), Prompts(world, negative), of_class)
+    found = cache_prompts(cache, pipe, family, [*captions, *shown, *world], identity=identity) | preserved
+    against = cache_negative(cache, pipe, family, negative, identity=identity) if shown else None
+    if of_class.texts:
+        usual = cache_negative(cache, pipe, family, None, identity=identity)
+        of_class = replace(of_class, encoded=[found[text] for text in of_class.texts], against=usual)
+    for name in encoders:
+        setattr(pipe, name, None)
+    previews, elsewhere = (
+        Prompts(texts, negative, [found[text] for text in texts], against) for texts in (shown, world)
+    )
+    return Texts(weights, found, preserved, previews, elsewhere, of_class)
+
+
+def _draw_classes(
+    pipe: Any, texts: Texts, *, data: DataConfig, validation: ValidationConfig, seed: int, accelerator: Any
+) -> None:
+    """Draw the class images that are missing, with the base."""
+    folder, main = Path(str(data.class_data_dir)), accelerator.is_main_process
+    settings = {"guidance_scale": validation.validation_guidance_scale,
+                "num_inference_steps": validation.validation_num_inference_steps}  # fmt: skip
+    with components_on(pipe, accelerator.device, offload=validation.enable_model_cpu_offload):
+        drawn = fill_class_folder(
+            pipe, folder, texts.of_class, data.num_class_images, size=data.resolution, seed=seed,
+            settings=settings, rank=accelerator.process_index, world=accelerator.num_processes,
+            progress=lambda batches: tqdm(batches, desc="class images", disable=not main or not len(batches)),
+        )  # fmt: skip
+    log.info("drew %d class images into %s", drawn, folder)
+    accelerator.wait_for_everyone()
+
+
+def _prior(data: DataConfig) -> bool:
+    return bool(data.with_prior_preservation and data.class_data_dir and data.class_prompt)
+
+
+def _class_captions(data: DataConfig, *, seed: int) -> list[str]:
+    """Captions of class images: of those that are there already, and of those that will be drawn."""
+    folder = Path(str(data.class_data_dir))
+    there = folder.is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+    return [str(data.class_prompt), *(e.caption for e in (class_examples(data, seed=seed) if there else []))]
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Of a tokenizer, or of the processor around one."""
+    vocabulary: dict[str, int] = getattr(tokenizer, "tokenizer", tokenizer).get_vocab()
+    return vocabulary

@@ -1,0 +1,81 @@
+"""A native adapter of every family as a LoRA: the pipeline's own loader draws the same pictures at every strength."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from delora_diffusion import (
+    DeloraConfig,
+    export_lora,
+    inject_delora,
+    load_delora_weights,
+    save_delora_weights,
+    verify_lora,
+)
+from delora_diffusion.export.lora_names import unreadable
+from delora_diffusion.families import family_of
+from delora_diffusion.method.targets import target_linears
+from delora_diffusion.pipeline import set_adapters
+
+from ..tiny_families import BUILDERS, build
+
+LOADED = [kind for kind in BUILDERS if not kind.startswith("pixart")]  # diffusers has no LoRA loader for PixArt
+
+
+def pixels(pipe: Any) -> np.ndarray:
+    """One picture (1, 32, 32, 3) in [0, 1], unrounded."""
+    settings = {**family_of(pipe).sampling(pipe), "num_inference_steps": 2, "height": 32, "width": 32}
+    with torch.no_grad():
+        drawn = pipe(prompt=["a sks dog"], output_type="np", generator=[torch.Generator().manual_seed(0)], **settings)
+    return np.asarray(drawn.images)
+
+
+def adapted(pipe: Any, targets: str) -> dict[str, nn.Module]:
+    """Every component that LoRA loaders know, with an adapter that looks trained."""
+    family = family_of(pipe)
+    modules = {name: getattr(pipe, name) for name in family.components()}
+    for name, module in list(modules.items()):
+        config = DeloraConfig(r=2, relative_lambda=0.5, init_weights="kaiming", target_modules=targets)
+        if any(unreadable(name, layer) for layer in target_linears(module, config)):
+            del modules[name]  # T5
+        else:
+            inject_delora(module, config, generator=torch.Generator().manual_seed(1))
+    return modules
+
+
+@pytest.mark.parametrize("targets", ["attention+ff", "all-linear"])
+@pytest.mark.parametrize("kind", LOADED)
+def test_diffusers_own_loader_draws_what_the_native_adapter_draws(kind: str, targets: str, tmp_path: Path) -> None:
+    native = build(kind, tmp_path / "native")
+    modules = adapted(build(kind, tmp_path / "trained"), targets)
+    told = {"pipeline": type(native).__name__}
+    file = save_delora_weights(tmp_path / "adapter", modules, provenance=told)
+    made = export_lora(file, tmp_path / "lora.safetensors", format="comfyui")  # kohya's names for UNets
+    found = verify_lora(made.path, file).loaders
+    assert found["diffusers"] == sum(made.layers.values()) > 15
+    if targets == "attention+ff":
+        assert found["comfyui"] == (0 if kind in ("sana", "lumina2") else found["diffusers"])
+    lost = f"ComfyUI finds {found['comfyui']} of {found['diffusers']} layers"
+    assert (lost in str(made)) == (found["comfyui"] < found["diffusers"])
+    untouched = expected = pixels(native)
+    load_delora_weights(native, file, "dog")
+    ported = build(kind, tmp_path / "ported")
+    ported.load_lora_weights(str(made.path), adapter_name="dog")
+    for strength in (0.0, 0.5, 1.0):
+        set_adapters(native, "dog", strength)
+        ported.set_adapters("dog", strength)
+        expected = pixels(native)
+        assert np.abs(pixels(ported) - expected).max() < 1e-5, f"{kind} at {strength}"
+        assert strength or np.array_equal(expected, untouched)
+    assert np.abs(expected - untouched).max() > 5e-3, "the adapter does something"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BUILDERS if kind not in LOADED])
+def test_families_without_a_loader_are_named_here(kind: str, tmp_path: Path) -> None:
+    assert not hasattr(build(kind, tmp_path), "load_lora_weights")
