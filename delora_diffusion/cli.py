@@ -90,36 +90,49 @@ def _push(argv: Sequence[str]) -> None:
 def _export(argv: Sequence[str]) -> None:
     """write adapters as one LoRA file for diffusers, ComfyUI, A1111 or Forge, or as PEFT's folders"""
     title = "Write an adapter, or the sum of several, as one LoRA file."
-    made, config = parse(argv, LoraConfig, ExportConfig, prog="delora export", description=title)
+    source, config = parse(argv, LoraConfig, ExportConfig, prog="delora export", description=title)
     if config.format == "peft":
-        if len(made.adapter) > 1 or made.weights != [1.0]:
+        if len(source.adapter) > 1 or source.weights != [1.0]:
             raise OptionError("format peft writes one adapter at the strength it was trained; leave weights out")
-        if made.component or made.architecture:
+        if source.component or source.architecture:
             raise OptionError("format peft writes every component as it is; leave component and architecture out")
-        output = config.output or f"{folder_of(made.adapter[0]).resolve()}_peft"
-        for component, folder in export_peft(made.adapter[0], output, overwrite=config.overwrite).items():
+        output = config.output or f"{folder_of(source.adapter[0]).resolve()}_peft"
+        for component, folder in export_peft(source.adapter[0], output, overwrite=config.overwrite).items():
             log.info("%s: %s", component or "adapter", folder)
         return
     report = export_lora(
-        made.adapter, config.output or beside(made.adapter[0], config.format), format=config.format,
-        weights=made.strengths, rank=config.rank,
-        dtype=config.lora_dtype, component=made.component, architecture=made.architecture, trigger=config.trigger,
-        metadata=config.metadata, allow_partial=config.allow_partial, overwrite=config.overwrite,
-    )  # fmt: skip
+        source.adapter,
+        config.output or beside(source.adapter[0], config.format),
+        format=config.format,
+        weights=source.strengths,
+        rank=config.rank,
+        dtype=config.lora_dtype,
+        component=source.component,
+        architecture=source.architecture,
+        trigger=config.trigger,
+        metadata=config.metadata,
+        allow_partial=config.allow_partial,
+        overwrite=config.overwrite,
+    )
     log.info("%s", report)
 
 
 def _verify(argv: Sequence[str]) -> None:
     """compare a LoRA file or PEFT folder with the adapters it was exported from, layer by layer"""
     title = "Compare a LoRA file or PEFT folder with the adapters it was exported from."
-    made, config = parse(argv, LoraConfig, VerifyConfig, prog="delora verify", description=title)
+    source, config = parse(argv, LoraConfig, VerifyConfig, prog="delora verify", description=title)
     report = verify_lora(
-        config.file, made.adapter, weights=made.strengths,
-        component=made.component, architecture=made.architecture,
-    )  # fmt: skip
+        config.file,
+        source.adapter,
+        weights=source.strengths,
+        component=source.component,
+        architecture=source.architecture,
+    )
     log.info("%s", report)
     if not report.agrees(config.tolerance):
-        raise LoraError(f"{config.file} is not {', '.join(made.adapter)} (tolerance {config.tolerance:g}); see above")
+        raise LoraError(
+            f"{config.file} is not {', '.join(source.adapter)} (tolerance {config.tolerance:g}); see above"
+        )
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -22,11 +22,11 @@ from .adapters.peft import check_expressible
 from .adapters.read import read_adapter
 from .export.peft_folder import write_peft
 from .method import inject, state
-from .method.architectures import with_targets
 from .method.block_weights import listed
 from .method.config import DeloraConfig
 from .method.delora import DeloraLayer
 from .method.merge import MergeReport, merge_delora, unmerge_delora
+from .method.targets import with_targets
 
 
 class DeloraModel(nn.Module):
@@ -117,19 +117,15 @@ class DeloraModel(nn.Module):
         had = self.adapter_names
         acting = {layer: layer.active for layer in self._layers()}
         enabled = inject.record_of(module).enabled if had else True
-        layers = inject.inject_delora(module, config, adapter_name)
-        try:
+        with inject.complete_or_absent([module], adapter_name):
+            layers = inject.inject_delora(module, config, adapter_name)
             state.load_delora_state_dict(module, tensors, adapter_name, check_base=check_base)
-            for p in self._parameters_of(adapter_name):
-                p.requires_grad_(is_trainable)
-        except BaseException:
-            inject.remove_delora(module, adapter_name)
-            raise
-        finally:
-            if had:
-                for layer in self._layers():
-                    layer.active = acting.get(layer, ())
-                inject.enable_delora(module, enabled)
+        for p in self._parameters_of(adapter_name):
+            p.requires_grad_(is_trainable)
+        if had:
+            for layer in self._layers():
+                layer.active = acting.get(layer, ())
+            inject.enable_delora(module, enabled)
         return layers
 
     def set_adapter(self, names: str | Sequence[str], *, trainable: bool = True) -> None:

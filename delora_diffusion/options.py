@@ -1,4 +1,4 @@
-"""Frozen dataclasses as options: one definition becomes command-line flags, YAML keys and a table for the README.
+"""Frozen dataclasses as options: one definition becomes command-line flags, YAML keys and a table of them.
 
 A field is declared with `option(default, help)`; its name is the flag and the YAML key. Precedence: default, then the
 YAML files given with `--config`, the later before the earlier, then the command line. Unknown keys and wrong types are
@@ -55,9 +55,12 @@ def parse(argv: Sequence[str], *groups: type, prog: str, description: str) -> li
     """
     parser = _Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument(
-        "--config", metavar="FILE", nargs="+", action="extend",
+        "--config",
+        metavar="FILE",
+        nargs="+",
+        action="extend",
         help="YAML files of options; a later file overrides an earlier one, the command line all of them",
-    )  # fmt: skip
+    )
     for group in groups:
         section = parser.add_argument_group((group.__doc__ or group.__name__).splitlines()[0].rstrip("."))
         for field in dataclasses.fields(group):
@@ -113,7 +116,7 @@ def to_yaml(*configs: Any) -> str:
 
 
 def to_table(*groups: type) -> str:
-    """A Markdown table of all options, for the README."""
+    """A Markdown table of all options."""
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for group in groups:
         for field in dataclasses.fields(group):
@@ -205,23 +208,23 @@ def _coerce(group: type, field: dataclasses.Field[Any], value: Any, source: str 
     choices = field.metadata["choices"]
     if value is False and "no" in (choices or ()):
         value = "no"  # YAML reads an unquoted no as false
-    made: Any
+    parsed: Any
     if dict in kinds:
-        made = _mapping(group, field, value, source)
+        parsed = _mapping(group, field, value, source)
     elif is_list and kinds <= {int, float}:
-        made = [_scalar(kinds, item, field.name, source) for item in _numbers(value, field.name, source)]
+        parsed = [_scalar(kinds, item, field.name, source) for item in _numbers(value, field.name, source)]
     elif is_list and isinstance(value, (list, tuple)):
-        made = [_scalar(kinds, item, field.name, source) for item in value]
+        parsed = [_scalar(kinds, item, field.name, source) for item in value]
     else:
-        made = _scalar(kinds, value, field.name, source)
-        made = [made] if is_list and not _also_plain(group, field) else made
-    for item in made if isinstance(made, list) else [made]:
+        parsed = _scalar(kinds, value, field.name, source)
+        parsed = [parsed] if is_list and not _also_plain(group, field) else parsed
+    for item in parsed if isinstance(parsed, list) else [parsed]:
         if choices and item not in choices:
             hint = _suggestion(str(item), choices) if isinstance(item, str) else ""
             raise OptionError(
                 f"{source}{field.name} is {item!r}; choose one of {', '.join(choices)}{hint.split('; see')[0]}"
             )
-    return made
+    return parsed
 
 
 def _also_plain(group: type, field: dataclasses.Field[Any]) -> bool:
@@ -238,15 +241,15 @@ def _mapping(group: type, field: dataclasses.Field[Any], value: Any, source: str
 def _mapped(kind: Any, value: Any, name: str, source: str) -> dict[str, Any]:
     """The same for one level of it; `kind` is the type of its values, which may be a mapping again."""
     try:
-        made = yaml.safe_load(value) if isinstance(value, str) else value
+        parsed = yaml.safe_load(value) if isinstance(value, str) else value
     except yaml.YAMLError:
-        made = None
-    if not isinstance(made, dict):
+        parsed = None
+    if not isinstance(parsed, dict):
         raise OptionError(f"{source}{name} is {value!r}; it must be a mapping {{name: value}}")
     if typing.get_origin(kind) is dict:
         inner = typing.get_args(kind)[1]
-        return {str(key): _mapped(inner, item, f"{name}[{key}]", source) for key, item in made.items()}
-    return {str(key): _scalar({kind}, item, f"{name}[{key}]", source) for key, item in made.items()}
+        return {str(key): _mapped(inner, item, f"{name}[{key}]", source) for key, item in parsed.items()}
+    return {str(key): _scalar({kind}, item, f"{name}[{key}]", source) for key, item in parsed.items()}
 
 
 def _numbers(value: Any, name: str, source: str) -> list[Any]:
@@ -286,11 +289,11 @@ def _scalar(kinds: set[type], value: Any, name: str, source: str) -> Any:
         for kind in (int, float):
             if kind in kinds and not isinstance(value, bool):
                 try:
-                    made = kind(value)
+                    parsed = kind(value)
                 except (TypeError, ValueError, OverflowError):
                     continue
-                if math.isfinite(made) and (kind is float or not isinstance(value, float) or made == value):
-                    return made
+                if math.isfinite(parsed) and (kind is float or not isinstance(value, float) or parsed == value):
+                    return parsed
     elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

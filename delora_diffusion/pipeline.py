@@ -15,7 +15,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,14 +27,16 @@ from .adapters.sources import collect, components, live_modules, unwrapped
 from .base.single_file import is_single_file, open_single_file
 from .method import inject, merge
 from .method.block_weights import Weight, component_weight, listed, one_each
-from .method.delora import DeloraLayer
 from .method.inject import delora_names
 from .method.state import StateReport, load_delora_state_dict
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadReport:
     """What was loaded: the adapter's name, how many layers of each component it adapts, how many parameters it brings
     that were trained in full, and how far the base's column norms are from those it was trained on (see
@@ -53,7 +55,7 @@ class LoadReport:
 
 
 def load_delora_weights(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     source: str | Path | Adapter,
     adapter_name: str | None = None,
     *,
@@ -78,29 +80,19 @@ def load_delora_weights(
     """
     adapter = source if isinstance(source, Adapter) else read_adapter(source, revision=revision)
     parts = assign(components(pipe), adapter, component)
-    taken = {name for module in components(pipe).values() for name in delora_names(module)}
-    if adapter_name is None:
-        adapter_name = next(
-            n for n in ("default", *(f"default_{i}" for i in range(1, len(taken) + 2))) if n not in taken
-        )
-    elif adapter_name in taken:
-        raise ValueError(
-            f"the pipeline has an adapter {adapter_name!r} already; delete_adapters it, or choose another name"
-        )
-    acting = {layer: layer.active for module in _adapted(pipe).values() for _, layer in inject.adapted_layers(module)}
-    enabled = all(layer.enabled for layer in acting)
+    adapter_name = _new_name(pipe, adapter_name)
+    layers = [layer for module in _adapted(pipe).values() for _, layer in inject.adapted_layers(module)]
+    enabled = all(layer.enabled for layer in layers)
     done: dict[str, StateReport] = {}
-    try:
+    with inject.complete_or_absent(components(pipe).values(), adapter_name):
         for component, (config, tensors) in parts.items():
             module = unwrapped(getattr(pipe, component))
-            inject.inject_delora(module, config, adapter_name)
-            done[component] = load_delora_state_dict(module, tensors, adapter_name, check_base=check_base)
+            try:
+                inject.inject_delora(module, config, adapter_name)
+                done[component] = load_delora_state_dict(module, tensors, adapter_name, check_base=check_base)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{type(pipe).__name__}.{component}: {error}") from error
             module.requires_grad_(False)
-    except BaseException as error:
-        _take_back(pipe, adapter_name, acting, enabled)
-        if isinstance(error, (ValueError, TypeError)):
-            raise ValueError(f"{type(pipe).__name__}.{component}: {error}") from error
-        raise
     for component, module in _adapted(pipe).items():
         if component not in done:
             inject.set_delora_adapters(module, [])
@@ -108,30 +100,26 @@ def load_delora_weights(
         disable_delora(pipe)  # the layers that are adapted for the first time as well
     compared = [part.base_off for part in done.values() if part.base_off is not None]
     report = LoadReport(
-        adapter_name, {c: part.layers for c, part in done.items()},
-        {c: part.in_full for c, part in done.items() if part.in_full}, max(compared, default=None),
-    )  # fmt: skip
+        adapter_name=adapter_name,
+        layers={c: part.layers for c, part in done.items()},
+        in_full={c: part.in_full for c, part in done.items() if part.in_full},
+        base_off=max(compared, default=None),
+    )
     log.info("%s", report)
     return report
 
 
-def _take_back(pipe: Any, adapter_name: str, acting: Mapping[DeloraLayer, tuple[str, ...]], enabled: bool) -> None:
-    """Undo a load that failed: without the new adapter, and with those that acted before."""
-    for module in _adapted(pipe).values():
-        if adapter_name in delora_names(module):
-            inject.remove_delora(module, adapter_name)
-    for layer, active in acting.items():
-        layer.active = active
-    for module in _adapted(pipe).values():
-        inject.enable_delora(module, enabled)
+def _new_name(pipe: DiffusionPipeline, asked: str | None) -> str:
+    """The name that was asked for, if it is not taken; the first free one of "default", "default_1", ... for None."""
+    taken = {name for module in components(pipe).values() for name in delora_names(module)}
+    if asked in taken:
+        raise ValueError(f"the pipeline has an adapter {asked!r} already; delete_adapters it, or choose another name")
+    usual = ("default", *(f"default_{number}" for number in range(1, len(taken) + 2)))
+    return asked if asked is not None else next(name for name in usual if name not in taken)
 
 
 def save_delora_weights(
-    directory: str | Path,
-    source: Any,
-    adapter_name: str = "default",
-    *,
-    provenance: Mapping[str, str] | None = None,
+    directory: str | Path, source: Any, adapter_name: str = "default", *, provenance: Mapping[str, str] | None = None
 ) -> Path:
     """Write one adapter of a pipeline, or of modules given as {component: module}, as a native file.
 
@@ -144,7 +132,9 @@ def save_delora_weights(
     return write_adapter(Path(directory), collect(live_modules(source), adapter_name, provenance=provenance))
 
 
-def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequence[Weight] = 1.0) -> None:
+def set_adapters(
+    pipe: DiffusionPipeline, names: str | Sequence[str], weights: Weight | Sequence[Weight] = 1.0
+) -> None:
     """Make exactly these adapters active, each at its strength: 1 as trained, 0 the base.
 
     A strength is a number, or a dictionary as in diffusers: by component, and by block of a UNet, e.g.
@@ -168,7 +158,7 @@ def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequen
         inject.set_delora_adapters(module, list(plan[component]), list(plan[component].values()))
 
 
-def get_active_adapters(pipe: Any) -> list[str]:
+def get_active_adapters(pipe: DiffusionPipeline) -> list[str]:
     """Names of the adapters that act."""
     seen: dict[str, None] = {}
     for module in _adapted(pipe).values():
@@ -176,7 +166,7 @@ def get_active_adapters(pipe: Any) -> list[str]:
     return list(seen)
 
 
-def delete_adapters(pipe: Any, names: str | Sequence[str]) -> None:
+def delete_adapters(pipe: DiffusionPipeline, names: str | Sequence[str]) -> None:
     """Take these adapters out of the pipeline. Fused ones are unfused first."""
     names = listed(names)
     _check_known(pipe, names)
@@ -186,20 +176,20 @@ def delete_adapters(pipe: Any, names: str | Sequence[str]) -> None:
                 inject.remove_delora(module, name)
 
 
-def disable_delora(pipe: Any) -> None:
+def disable_delora(pipe: DiffusionPipeline) -> None:
     """Let no adapter act until `enable_delora`. Fused ones stay fused."""
     for module in _adapted(pipe).values():
         inject.enable_delora(module, False)
 
 
-def enable_delora(pipe: Any) -> None:
+def enable_delora(pipe: DiffusionPipeline) -> None:
     """The inverse of `disable_delora`."""
     for module in _adapted(pipe).values():
         inject.enable_delora(module)
 
 
 def fuse_delora(
-    pipe: Any, adapter_names: str | Sequence[str] | None = None, scale: float = 1.0
+    pipe: DiffusionPipeline, adapter_names: str | Sequence[str] | None = None, scale: float = 1.0
 ) -> dict[str, merge.MergeReport]:
     """Add the adapters (the active ones if None) to the weights, at their strengths times `scale`.
 
@@ -229,13 +219,13 @@ def fuse_delora(
     return reports
 
 
-def unfuse_delora(pipe: Any) -> None:
+def unfuse_delora(pipe: DiffusionPipeline) -> None:
     """Restore the weights of the base, bit for bit; the adapters act beside them again."""
     for module in _adapted(pipe).values():
         merge.unmerge_delora(module)
 
 
-def unload_delora_weights(pipe: Any) -> None:
+def unload_delora_weights(pipe: DiffusionPipeline) -> None:
     """Take all adapters out; the pipeline is the base again, bit for bit."""
     for module in _adapted(pipe).values():
         inject.remove_delora(module)
@@ -274,11 +264,11 @@ def load_pipeline(
     return pipe
 
 
-def _adapted(pipe: Any) -> dict[str, nn.Module]:
+def _adapted(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: module for name, module in components(pipe).items() if delora_names(module)}
 
 
-def _check_known(pipe: Any, names: Sequence[str]) -> None:
+def _check_known(pipe: DiffusionPipeline, names: Sequence[str]) -> None:
     known = {name for module in components(pipe).values() for name in delora_names(module)}
     for name in names:
         if name not in known:

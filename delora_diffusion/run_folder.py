@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 ADAPTER_NAME = "delora_weights.safetensors"
@@ -13,66 +12,22 @@ CARD_NAME = "README.md"
 SHEET_NAME = "contact_sheet.png"
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The folder of a run: paths by what lies there."""
 
-    path: Path
-
-    @property
-    def adapter(self) -> Path:
-        """The adapter, in the native format."""
-        return self.path / ADAPTER_NAME
-
-    @property
-    def lora(self) -> Path:
-        """The same as a LoRA, for plain diffusers."""
-        return self.path / LORA_NAME
-
-    @property
-    def settings(self) -> Path:
-        """Every option, as a file that repeats the run."""
-        return self.path / "config.yaml"
-
-    @property
-    def log(self) -> Path:
-        """JSON lines of the loss and of what was measured."""
-        return self.path / "log.jsonl"
-
-    @property
-    def previews(self) -> Path:
-        """The folder of previews."""
-        return self.path / "previews"
-
-    @property
-    def best(self) -> Path:
-        """The folder of the adapter of the best preview."""
-        return self.path / "best"
-
-    @property
-    def before_after(self) -> Path:
-        """The sheet of photos, the base's pictures and the adapter's."""
-        return self.path / "before_after.png"
-
-    @property
-    def plot(self) -> Path:
-        """The run in one picture."""
-        return self.path / "training.png"
-
-    @property
-    def strength_sheet(self) -> Path:
-        """Previews at several strengths."""
-        return self.path / "strength_sheet.png"
-
-    @property
-    def strengths(self) -> Path:
-        """What was measured at each of them."""
-        return self.path / "strengths.json"
-
-    @property
-    def card(self) -> Path:
-        """The model card."""
-        return self.path / CARD_NAME
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter = path / ADAPTER_NAME  # the native format
+        self.lora = path / LORA_NAME  # the same as a LoRA, for plain diffusers
+        self.settings = path / "config.yaml"  # every option: it repeats the run
+        self.log = path / "log.jsonl"  # the loss, and what was measured
+        self.previews = path / "previews"
+        self.best = path / "best"  # the adapter of the best preview
+        self.before_after = path / "before_after.png"  # photos, the base's pictures, the adapter's
+        self.plot = path / "training.png"  # the run in one picture
+        self.strength_sheet = path / "strength_sheet.png"  # previews at several strengths
+        self.strengths = path / "strengths.json"  # what was measured on them
+        self.card = path / CARD_NAME
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint after `step` steps."""

@@ -69,7 +69,7 @@ def parameters(layers: dict[str, torch.nn.Linear], rank: int = 16) -> int:
 
 
 def table() -> str:
-    """The README's table of adapted layers and trained parameters."""
+    """The table of adapted layers and trained parameters."""
     lines = [
         "| base | `attention` layers | parameters | `attention+ff` layers | parameters |",
         "|---|---|---|---|---|",

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from delora_diffusion import AdapterFileError, DeloraConfig, DeloraConfigError, DeloraModel, save_delora_weights
-from delora_diffusion.method.architectures import TARGETS, with_targets
 from delora_diffusion.method.inject import delora_adapters
+from delora_diffusion.method.targets import TARGETS, with_targets
 
 TOKENS = torch.randint(0, 32, (2, 6), generator=torch.Generator().manual_seed(0))
 
@@ -205,8 +205,7 @@ def test_it_is_called_and_generates_as_the_model_it_wraps() -> None:
     shake(model)
     assert moved(output(model), output(base))
     assert torch.equal(
-        model.generate(TOKENS, **settings),
-        copy.deepcopy(model).merge_and_unload().generate(TOKENS, **settings),
+        model.generate(TOKENS, **settings), copy.deepcopy(model).merge_and_unload().generate(TOKENS, **settings)
     )
     assert model.config is model.base_model.config and model.get_base_model() is model.base_model
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

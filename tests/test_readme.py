@@ -1,10 +1,11 @@
-"""The README is true: its commands run, its code runs, its table lists every option.
+"""The three pages are true: their commands run, their code runs, their tables, trees and links name what there is.
 
-python -m tests.test_readme      # writes the table of options into the README
+python -m tests.test_readme      # writes the table of options into train_scripts/README.md
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from delora_diffusion.base.config import ModelConfig
+from delora_diffusion.cli import COMMANDS
 from delora_diffusion.cli import main as delora
 from delora_diffusion.data.config import DataConfig
 from delora_diffusion.evaluation.config import EvaluationConfig, MeasuringConfig
@@ -25,20 +27,31 @@ from delora_diffusion.sampling.config import DrawingConfig
 from delora_diffusion.training.config import AdapterConfig, TrainingConfig, ValidationConfig
 
 from .benchmarks import forms
+from .test_structure import FLOORS, MODULES, PACKAGE
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+README, TRAINING, ARCHITECTURE = PAGES = [
+    ROOT / f"{place}README.md" for place in ("", "train_scripts/", "delora_diffusion/")
+]
 GROUPS = (ModelConfig, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig)
 START, END = "<!-- options -->\n", "<!-- end of options -->"
+#: A word of every command on the pages that a test here runs, or reads; pytest is what runs this.
+TESTED = ("spotted_dog.yaml", "my_dog.yaml", "forms.py", "&& pytest", *(f"delora {name} " for name in COMMANDS))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+def text_of(*pages: Path) -> str:
+    return "\n".join(page.read_text(encoding="utf-8") for page in pages)
+
+
+def blocks(language: str, *pages: Path) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(*(pages or PAGES)), re.S | re.M)
 
 
 def commands(word: str) -> list[str]:
+    """The commands with `word`, of all pages: fenced, or indented by four."""
     joined = [block.replace("\\\n", " ") for block in blocks("bash")]
-    return [line for block in joined for line in block.splitlines() if word in line]
+    indented = re.findall(r"^    ((?:accelerate|delora|pip|python) .*)$", text_of(*PAGES), re.M)
+    return [line for block in [*joined, *indented] for line in block.splitlines() if word in line]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +75,30 @@ def test_the_first_command_trains_the_pocket_subject(trained: Path) -> None:
     pictures = {"before_after.png", "training.png", "strength_sheet.png"}
     files = {"delora_weights.safetensors", "pytorch_lora_weights.safetensors", "config.yaml", "best"}
     assert {p.name for p in out.iterdir()} >= files | pictures
+
+
+def test_the_tree_of_the_run_folder_is_what_appears(trained: Path) -> None:
+    (tree,) = [block for block in blocks("text", README) if block.startswith("runs/spotted_dog/\n")]
+    shown = set(re.findall(r"^  (\S+)", tree, re.M))
+    (checkpoints,) = [name for name in shown if name.startswith("checkpoint-")]
+    assert f"every {TrainingConfig().checkpointing_steps} steps" in tree
+    appeared = {path.name + "/" * path.is_dir() for path in (trained / "runs" / "spotted_dog").iterdir()}
+    assert shown - {checkpoints} == appeared, "two steps leave no checkpoint"
+
+
+def test_every_command_is_tested_and_every_other_training_command_is_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [line for line in commands("") if not any(word in line for word in TESTED)] == []
+    (tmp_path / "train_scripts").symlink_to(ROOT / "train_scripts")
+    (tmp_path / "my_dog.yaml").write_text(blocks("yaml", README)[0])
+    monkeypatch.chdir(tmp_path)
+    mine = commands("my_dog.yaml")
+    assert len(mine) == 3
+    for command in mine:
+        words = shlex.split(command)
+        assert words[:2] == ["accelerate", "launch"] and Path(words[2]).is_file()
+        assert parse(words[3:], *GROUPS, prog="train", description="")
 
 
 def test_the_python_code_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +178,7 @@ def test_every_form_of_the_trained_adapter_draws_the_same_pictures(
 
 
 def test_the_yaml_for_own_photos_is_valid(tmp_path: Path) -> None:
-    text, watching = blocks("yaml")
+    (text,), (watching,) = blocks("yaml", README), blocks("yaml", TRAINING)
     (tmp_path / "my_dog.yaml").write_text(text)
     assert read_yaml(tmp_path / "my_dog.yaml", *GROUPS) == yaml.safe_load(text)
     (tmp_path / "my_dog.yaml").write_text(text + watching)
@@ -159,19 +196,71 @@ def test_sample_configs_are_valid_and_their_folders_exist(config: Path) -> None:
     assert any((ROOT / values["instance_data_dir"]).iterdir())
 
 
-def test_mentioned_options_and_linked_files_exist() -> None:
-    text = README.read_text(encoding="utf-8").partition(START)[0]
+def without_table(page: Path) -> str:
+    before, _, rest = text_of(page).partition(START)
+    return before + rest.partition(END)[2]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_mentioned_options_exist(page: Path) -> None:
     groups = (*GROUPS, EvaluationConfig, MeasuringConfig, DrawingConfig, LoraConfig, ExportConfig)
-    known = set(re.findall(r"`--(\w+)`", to_table(*groups))) | {"no-metadata"}
-    used = set(re.findall(r"--([a-z_]{4,})", "\n".join(re.findall(r"`(--[^`]*)`", text))))
-    assert used and used <= known
-    for link in re.findall(r"\]\(([^)h#][^)]*)\)", text):
-        assert (ROOT / link).exists(), link
+    fields = [field for group in groups for field in dataclasses.fields(group)]
+    known = {field.name for field in fields} | {f"no-{field.name}" for field in fields if field.type == "bool"}
+    used = set(re.findall(r"--([a-z_-]{4,})", "\n".join(re.findall(r"`(--[^`]*)`", without_table(page)))))
+    assert used <= known | {"config", "help"} and (used or page == ARCHITECTURE)
+
+
+def anchors(page: Path) -> set[str]:
+    """What links can point to on a page: its headings, as GitHub names them."""
+    text = re.sub(r"^```.*?^```", "", text_of(page), flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, ROOT / "samples/pocket/README.md", ROOT / "tests/benchmarks/README.md"],
+    ids=lambda p: p.parent.name,
+)
+def test_linked_files_and_headings_exist(page: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)]*)\)", text_of(page)) if not link.startswith("https://")]
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_maps_show_every_wing_and_every_file() -> None:
+    wings = {path.name + "/" for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    (tree,) = [block for block in blocks("text", README) if block.startswith("delora_diffusion/\n")]
+    inside = tree.partition("\n")[2].partition("\ntrain_scripts/")[0]
+    assert set(re.findall(r"^  (\w+/)", inside, re.M)) == wings
+    assert all((ROOT / name).is_dir() for name in re.findall(r"^(\S+/)", tree, re.M))
+    parts = re.split(r"^\*\*(.*?)\*\*", text_of(ARCHITECTURE).partition("## Contracts")[0], flags=re.M)[1:]
+    shown = {
+        title.strip("`") * title.startswith("`") + name
+        for title, part in zip(parts[::2], parts[1::2], strict=True)
+        for name in re.findall(r"^\| `(\w+\.py)` \|", part, re.M)
+    }
+    assert shown == {path.relative_to(PACKAGE).as_posix() for path in MODULES if path.name != "__init__.py"}
+
+
+def test_the_floors_are_those_that_are_checked() -> None:
+    (floors,) = blocks("text", ARCHITECTURE)
+    assert [tuple(line.split()) for line in reversed(floors.splitlines())] == list(FLOORS)
+
+
+def test_files_named_in_the_recipes_exist() -> None:
+    recipes = text_of(ARCHITECTURE).partition("## To add a family")[2]
+    named = {name for name in re.findall(r"`([\w/]+\.py)`", recipes)}
+    assert len(named) > 10
+    assert [name for name in named if not (PACKAGE / name).is_file() and not (ROOT / name).is_file()] == []
 
 
 def test_the_table_lists_every_option() -> None:
-    text = README.read_text(encoding="utf-8")
-    table = text.partition(START)[2].partition(END)[0]
+    table = text_of(TRAINING).partition(START)[2].partition(END)[0]
     assert table == f"\n{to_table(*GROUPS)}\n\n", "out of date: run `python -m tests.test_readme`"
 
 
@@ -179,9 +268,9 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     (pattern,) = re.findall(r"sed -n '(/.*/)p'", script)
     (line,) = commands("pytest")
-    assert re.match(pattern.strip("/").replace(r"\.", "."), line)
+    assert line in blocks("bash", README)[1] and re.match(pattern.strip("/").replace(r"\.", "."), line)
 
 
 if __name__ == "__main__":
-    before, _, rest = README.read_text(encoding="utf-8").partition(START)
-    README.write_text(before + START + f"\n{to_table(*GROUPS)}\n\n" + END + rest.partition(END)[2], encoding="utf-8")
+    before, _, rest = text_of(TRAINING).partition(START)
+    TRAINING.write_text(before + START + f"\n{to_table(*GROUPS)}\n\n" + END + rest.partition(END)[2], encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,6 +13,9 @@ from ..method.inject import delora_config, delora_names
 from ..method.state import delora_state_dict
 from .adapter import Adapter
 from .read import read_adapter
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 def as_adapter(source: Any, adapter_name: str = "default") -> Adapter:
@@ -64,7 +67,7 @@ def live_modules(source: Any) -> dict[str, nn.Module]:
     return {c: unwrapped(m) for c, m in source.items()} if isinstance(source, Mapping) else components(source)
 
 
-def components(pipe: Any) -> dict[str, nn.Module]:
+def components(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """The components of a pipeline that can carry an adapter, by name."""
     found = {name: getattr(pipe, name, None) for name in family_of(pipe).components()}
     return {name: unwrapped(module) for name, module in found.items() if isinstance(module, nn.Module)}

@@ -15,14 +15,12 @@ SINGLE_FILE_CONFIG = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The base model."""
 
     pretrained_model_name_or_path: str = option(
-        "",
-        "folder or Hub id of the base pipeline, in diffusers' layout, or one .safetensors file",
-        resume="free",
+        "", "folder or Hub id of the base pipeline, in diffusers' layout, or one .safetensors file", resume="free"
     )
     single_file_config: str | None = option(None, SINGLE_FILE_CONFIG, resume="free")
     revision: str | None = option(None, "revision of the base on the Hub", resume="free")

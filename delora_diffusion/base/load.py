@@ -66,12 +66,12 @@ def outline(model: ModelConfig, name: str) -> torch.nn.Module:
         if library is None or kind is None:
             raise ValueError(f"model_index.json lists no {name}.")
         cls = getattr(importlib.import_module(library), kind)
-        made: torch.nn.Module
+        module: torch.nn.Module
         if library == "diffusers":
-            made = cls.from_config(cls.load_config(path, **place))
+            module = cls.from_config(cls.load_config(path, **place))
         else:
-            made = cls(cls.config_class.from_pretrained(path, **place))
-    return made.requires_grad_(False)
+            module = cls(cls.config_class.from_pretrained(path, **place))
+    return module.requires_grad_(False)
 
 
 def listed_in(model: ModelConfig) -> dict[str, Any]:
@@ -91,7 +91,11 @@ def half_precision(path: str, single_file_config: str | None = None) -> str:
     Raises:
         BaseModelError, FamilyError: nothing there, or a pipeline of no supported family.
     """
-    return family_named(listed_in(ModelConfig(path, single_file_config))["_class_name"]).half
+    return family_named(
+        listed_in(ModelConfig(pretrained_model_name_or_path=path, single_file_config=single_file_config))[
+            "_class_name"
+        ]
+    ).half
 
 
 def _listed(path: str, revision: str | None) -> dict[str, Any]:

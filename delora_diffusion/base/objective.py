@@ -25,7 +25,7 @@ class ObjectiveError(ValueError):
     """A scheduler that cannot be trained with, or not in the way asked for; the message says what can."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TimestepSampling:
     """How noise levels are drawn (Esser et al. 2024, section 3.1), 0 being the image and 1 the noise.
 

@@ -8,7 +8,7 @@ from ..options import OptionError, at_least, option
 from .buckets import bucket_sizes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The photos."""
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,9 @@ from ..atomic import complete_file
 from ..base.latents import posterior
 from ..families import Conditioning, Family, from_tensors, to_tensors
 from .photos import DataError, Example, View
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Encoded = dict[str, Tensor]
 
@@ -85,12 +88,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 
 def cache_latents(
-    cache: Cache,
-    vae: Any,
-    examples: Iterable[Example],
-    *,
-    identity: str,
-    progress: Callable[[Any], Any] = iter,
+    cache: Cache, vae: Any, examples: Iterable[Example], *, identity: str, progress: Callable[[Any], Any] = iter
 ) -> dict[str, Encoded]:
     """The posterior of every view of every example: {view key: {"mean", "std"} of (1, C, h, w)}, normalised.
 
@@ -121,7 +119,7 @@ def _posterior(vae: Any, example: Example, view: View) -> Encoded:
 
 @torch.no_grad()
 def cache_prompts(
-    cache: Cache, pipe: Any, family: Family, prompts: Sequence[str], *, identity: str
+    cache: Cache, pipe: DiffusionPipeline, family: Family, prompts: Sequence[str], *, identity: str
 ) -> dict[str, Conditioning]:
     """The conditioning of each distinct prompt, first dimension 1.
 
@@ -141,7 +139,7 @@ def cache_prompts(
 
 @torch.no_grad()
 def cache_negative(
-    cache: Cache, pipe: Any, family: Family, prompt: str | None, *, identity: str
+    cache: Cache, pipe: DiffusionPipeline, family: Family, prompt: str | None, *, identity: str
 ) -> Conditioning | None:
     """The conditioning of a negative prompt; of None, what the pipeline guides against then, if anything.
 

@@ -39,7 +39,7 @@ class View:
     size: Size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Example:
     """A photo, its caption, its weight in the loss, and the views of it that training chooses from."""
 
@@ -171,7 +171,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
     return captions
 
 
-def told_sizes(examples: Sequence[Example], config: DataConfig) -> str:
+def describe_sizes(examples: Sequence[Example], config: DataConfig) -> str:
     """How many examples there are of each size, how much is cut off the one that loses most, and what would help."""
     counts: dict[Size, int] = {}
     lost = []
@@ -183,9 +183,9 @@ def told_sizes(examples: Sequence[Example], config: DataConfig) -> str:
         lost.append((1 - (right - left) * (bottom - top) / (width * height), example.path.name))
     share, name = max(lost)
     sizes = ", ".join(f"{width} x {height}: {count}" for (height, width), count in sorted(counts.items()))
-    told = f"photos by size (width x height): {sizes}; at most {share:.0%} is cut off ({name})"
+    sizes_text = f"photos by size (width x height): {sizes}; at most {share:.0%} is cut off ({name})"
     helps = config.aspect_ratio_buckets is None and share > CROPPED
-    return told + ("; aspect_ratio_buckets auto keeps more of them" if helps else "")
+    return sizes_text + ("; aspect_ratio_buckets auto keeps more of them" if helps else "")
 
 
 def _example(path: Path, caption: str, weight: float, config: DataConfig, *, seed: int) -> Example:
@@ -197,7 +197,7 @@ def _example(path: Path, caption: str, weight: float, config: DataConfig, *, see
         for box in _boxes(width, height, size, config, seed=seed, content=content)
         for flip in ((False, True) if config.random_flip else (False,))
     )
-    return Example(path, caption, weight, views, content)
+    return Example(path=path, caption=caption, weight=weight, views=views, content=content)
 
 
 def _boxes(
@@ -213,4 +213,4 @@ def _boxes(
     return [
         (left := round((width - wide) * offset), top := round((height - high) * offset), left + wide, top + high)
         for offset in offsets
-    ]  # fmt: skip
+    ]

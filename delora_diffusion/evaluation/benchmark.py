@@ -33,7 +33,8 @@ from .config import BenchmarkConfig, MeasuringConfig, Subject
 from .evaluate import check_prompts, drawing_protocol, drawn_pictures, scorer_of, unrelated_prompts
 from .images import batches_of, read_photos
 from .plot import dial_plot, need_matplotlib
-from .scores import METRICS, Scorer, measure, protocol_of
+from .scorer import Scorer, measure, protocol_of
+from .scores import METRICS
 
 log = logging.getLogger(__name__)
 #: What an outer launcher sets for its own processes; a training run inside starts without it.
@@ -45,7 +46,7 @@ class BenchmarkError(ValueError):
     """A benchmark that cannot go on; the message says what was asked, what was found and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """A subject with all that it takes, checked."""
 
@@ -83,9 +84,14 @@ def benchmark(config: BenchmarkConfig, measuring: MeasuringConfig, drawing: Draw
         if state.is_main_process:
             log.info("%s (%d of %d)", task.name, number, len(tasks))
         pictures = drawn_pictures(
-            [task.adapter], task.prompts, unrelated, drawing, base=config.pretrained_model_name_or_path,
-            folder=task.folder, shared=out / "base",
-        )  # fmt: skip
+            [task.adapter],
+            task.prompts,
+            unrelated,
+            drawing,
+            base=config.pretrained_model_name_or_path,
+            folder=task.folder,
+            shared=out / "base",
+        )
         if scorer is not None:
             batches = batches_of(pictures, name=task.name, token=measuring.trigger_token)
             tables[task.name] = _measured(task, scorer, batches)
@@ -114,17 +120,20 @@ def plan_tasks(config: BenchmarkConfig, token: str) -> list[Task]:
         folder = Path(config.output_dir) / name
         training = None
         if not subject.adapter:
-            own = {
-                "instance_data_dir": subject.photos, "instance_prompt": config.instance_prompt.format(called),
+            options = {
+                "instance_data_dir": subject.photos,
+                "instance_prompt": config.instance_prompt.format(called),
                 "output_dir": str(folder / "adapter"),
-            }  # fmt: skip
+            }
             if shared.get("with_prior_preservation"):
-                own |= {
+                options |= {
                     "class_prompt": config.instance_prompt.format(subject.class_word),
                     "class_data_dir": str(Path(config.output_dir) / "class" / subject.class_word),
                 }
-            training = yaml.safe_dump(shared | own, sort_keys=False, allow_unicode=True)
-        tasks.append(Task(name, subject, _prompts(name, subject, called), training, folder))
+            training = yaml.safe_dump(shared | options, sort_keys=False, allow_unicode=True)
+        tasks.append(
+            Task(name=name, subject=subject, prompts=_prompts(name, subject, called), training=training, folder=folder)
+        )
     return tasks
 
 
@@ -163,7 +172,7 @@ def table_of(tables: Mapping[str, Sequence[Row]]) -> list[Row]:
     rows = [row for table in tables.values() for row in table]
     means = [
         mean_row(f"mean, {name}", found) for name in PHOTOS if (found := [row for row in rows if row.name == name])
-    ]  # fmt: skip
+    ]
     means += [mean_row("mean", found) for found in _by_strength(tables)]
     named = [
         replace(row, name=f"{name}, {row.name}" if row.name in PHOTOS else name)
@@ -192,19 +201,19 @@ def _training_options(config: BenchmarkConfig) -> dict[str, Any]:
 def _train(task: Task, script: Path, state: Any) -> None:
     """Train the subject unless its adapter is there; an interrupted run goes on where it stopped."""
     assert task.training is not None
-    adapter, told = RunFolder(task.folder / "adapter"), task.folder / "training.yaml"
-    if told.is_file() and told.read_text(encoding="utf-8") != task.training:
+    adapter, settings = RunFolder(task.folder / "adapter"), task.folder / "training.yaml"
+    if settings.is_file() and settings.read_text(encoding="utf-8") != task.training:
         raise BenchmarkError(
-            f"{task.folder} was trained with other settings than it would be now (compare {told}); "
+            f"{task.folder} was trained with other settings than it would be now (compare {settings}); "
             f"give another output_dir, or delete {task.folder}"
         )
     if adapter.adapter.is_file():
         return
-    with complete_file(told) as aside:
+    with complete_file(settings) as aside:
         aside.write_text(task.training, encoding="utf-8")
     log.info("training %s", task.name)
     start = ["--resume_from_checkpoint", "latest"] if adapter.checkpoints() else ["--overwrite_output_dir"]
-    command = [sys.executable, str(script), "--config", str(told), *start]
+    command = [sys.executable, str(script), "--config", str(settings), *start]
     code = _run(command, _environment(state))
     if code in (130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
@@ -267,15 +276,15 @@ def _measured(task: Task, scorer: Scorer, batches: Sequence[Any]) -> list[Row]:
 def _protocol(tasks: Sequence[Task], config: BenchmarkConfig) -> dict[str, Any]:
     """What all subjects share, and what is of each."""
     each = {task.name: read_report(task.folder / "evaluation.json")[1] for task in tasks}
-    own = ("training photos", "held-out photos", "prompts", "inputs")
+    of_each = ("training photos", "held-out photos", "prompts", "inputs")
     first = next(iter(each.values()))
-    protocol = {key: value for key, value in first.items() if key not in own}
+    protocol = {key: value for key, value in first.items() if key not in of_each}
     protocol["mean"] = "over subjects, each counted once; interval 1.96 s / sqrt(n) over subjects"
     if config.train_config:
         protocol["training"] = yaml.safe_load(Path(config.train_config).read_text(encoding="utf-8"))
     protocol["subjects"] = {
-        name: {key: told[key] for key in own if key in told} | {"adapter": task.adapter}
-        for task, (name, told) in zip(tasks, each.items(), strict=True)
+        name: {key: settings[key] for key in of_each if key in settings} | {"adapter": task.adapter}
+        for task, (name, settings) in zip(tasks, each.items(), strict=True)
     }
     return protocol
 

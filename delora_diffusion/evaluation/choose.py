@@ -52,9 +52,9 @@ def strength_text(rows: Sequence[Measured], *, sheet: str | None = None) -> str:
 
 def write_strengths(path: Path, rows: Sequence[Measured]) -> None:
     """Write figures and recommendation as JSON."""
-    told = {"recommended": recommended(rows), "strengths": [asdict(row) for row in rows]}
+    content = {"recommended": recommended(rows), "strengths": [asdict(row) for row in rows]}
     with complete_file(path) as aside:
-        aside.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _marked(strength: float, chosen: float) -> str:

@@ -10,7 +10,7 @@ from ..options import OptionError, build, option
 KINDS = (*DREAMBENCH_PROMPTS, "captions")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MeasuringConfig:
     """How images are judged."""
 
@@ -31,7 +31,7 @@ class MeasuringConfig:
             raise OptionError('trigger_token is empty; give the rare word of the prompts, e.g. "sks"')
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is evaluated."""
 
@@ -60,7 +60,7 @@ class EvaluationConfig:
             raise OptionError("prompts, prompts_file and pretrained_model_name_or_path do nothing without adapter")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Subject:
     """One subject of a benchmark."""
 
@@ -79,7 +79,7 @@ class Subject:
                 raise OptionError(f"{name} is missing")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
     """The benchmark."""
 
@@ -121,17 +121,19 @@ class BenchmarkConfig:
             OptionError: an option of a subject that is unknown, missing or of a wrong type.
         """
         return {
-            name: _subject(name, told) for name, told in self.subjects.items() if not self.only or name in self.only
+            name: _subject(name, values)
+            for name, values in self.subjects.items()
+            if not self.only or name in self.only
         }
 
 
-def _subject(name: str, told: dict[str, str]) -> Subject:
+def _subject(name: str, values: dict[str, str]) -> Subject:
     known = [field.name for field in fields(Subject)]
-    for key in told:
+    for key in values:
         if key not in known:
             raise OptionError(f"subjects[{name}]: unknown option {key!r}; known are {', '.join(known)}")
     try:
-        subject: Subject = build(Subject, told)
+        subject: Subject = build(Subject, values)
     except OptionError as error:
         raise OptionError(f"subjects[{name}]: {error}") from error
     return subject

@@ -41,7 +41,7 @@ class EncoderError(ValueError):
     """An encoder that cannot be used; the message says what was asked, what was found and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """From a picture to the encoder's input: resize, crop the middle, scale to 0 .. 1, (x - mean) / std."""
 
@@ -73,7 +73,7 @@ class Preprocessing:
         return sides if image.height <= image.width else (sides[1], sides[0])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageEncoder:
     """An encoder in memory, with all that its numbers depend on."""
 
@@ -89,13 +89,17 @@ class ImageEncoder:
         """Encoder, preprocessing and pooling in words and numbers; to be kept beside what was measured."""
         processor = self.processor
         return {
-            "encoder": self.source, "class": type(self.model).__name__, "weights_sha256": self.weights,
+            "encoder": self.source,
+            "class": type(self.model).__name__,
+            "weights_sha256": self.weights,
             "resize": processor.resize if isinstance(processor.resize, int | None) else list(processor.resize),
             "resize_to": "shorter side" if isinstance(processor.resize, int) else "height and width",
             "crop": list(processor.crop) if processor.crop else None,
             "resample": Image.Resampling(processor.resample).name.lower(),
-            "mean": list(processor.mean), "std": list(processor.std), "pooling": POOLING[self.kind],
-        }  # fmt: skip
+            "mean": list(processor.mean),
+            "std": list(processor.std),
+            "pooling": POOLING[self.kind],
+        }
 
 
 def load_encoder(source: str | Path, *, device: str | torch.device) -> ImageEncoder:
@@ -118,12 +122,12 @@ def load_encoder(source: str | Path, *, device: str | torch.device) -> ImageEnco
     kind, name = KNOWN[config.model_type]
     unpooled = {"add_pooling_layer": False} if name == "ViTModel" else {}
     try:
-        model, told = getattr(transformers, name).from_pretrained(
+        model, settings = getattr(transformers, name).from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, **unpooled
         )
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise EncoderError(f"cannot load {name} from {source}: {str(error).strip().splitlines()[0]}") from error
-    missing = sorted(told["missing_keys"])
+    missing = sorted(settings["missing_keys"])
     if missing:
         raise EncoderError(
             f"the weights in {source} lack {len(missing)} tensors of a {name} ({missing[0]}, ...); "
@@ -133,7 +137,9 @@ def load_encoder(source: str | Path, *, device: str | torch.device) -> ImageEnco
     processor = _preprocessing(source, config)
     _check_size(source, config, processor)
     model.requires_grad_(False).eval().to(device)
-    return ImageEncoder(model, processor, tokenizer, kind, str(source), _hash(model))
+    return ImageEncoder(
+        model=model, processor=processor, tokenizer=tokenizer, kind=kind, source=str(source), weights=_hash(model)
+    )
 
 
 @torch.no_grad()
@@ -163,9 +169,12 @@ def embed_texts(encoder: ImageEncoder, texts: Sequence[str]) -> Tensor:
     length, rows = encoder.model.config.text_config.max_position_embeddings, []
     for first in range(0, len(texts), BATCH):
         ids = encoder.tokenizer(
-            list(texts[first : first + BATCH]), padding="max_length", max_length=length, truncation=True,
+            list(texts[first : first + BATCH]),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
             return_tensors="pt",
-        ).input_ids.to(encoder.model.device)  # fmt: skip
+        ).input_ids.to(encoder.model.device)
         pooled = encoder.model.text_model(input_ids=ids).pooler_output  # causal: padding after the end does not count
         rows.append(encoder.model.text_projection(pooled))
     return _unit(rows, encoder)
@@ -199,22 +208,23 @@ def _preprocessing(source: str | Path, config: Any) -> Preprocessing:
     vision = getattr(config, "vision_config", config)
     mean, std = _OPENAI if config.model_type == "clip" else _IMAGENET
     try:
-        told, _ = ImageProcessingMixin.get_image_processor_dict(str(source))
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(str(source))
     except OSError:
-        told = {"size": vision.image_size}
-    size = told.get("size", vision.image_size) if told.get("do_resize", True) else None
-    crop = told.get("crop_size", vision.image_size) if told.get("do_center_crop") else None
+        settings = {"size": vision.image_size}
+    size = settings.get("size", vision.image_size) if settings.get("do_resize", True) else None
+    crop = settings.get("crop_size", vision.image_size) if settings.get("do_center_crop") else None
     resize = _sides(size, shorter=crop is not None)
     if isinstance(resize, int) and crop is None:
         crop = resize  # pictures of one batch have one shape
     cropped = _sides(crop, shorter=False)
-    normal = told.get("do_normalize", True)
+    normal = settings.get("do_normalize", True)
     return Preprocessing(
-        resize, cropped if not isinstance(cropped, int) else (cropped, cropped),
-        told.get("resample", Image.Resampling.BICUBIC),
-        tuple(told.get("image_mean", mean)) if normal else (0.0,) * 3,
-        tuple(told.get("image_std", std)) if normal else (1.0,) * 3,
-    )  # fmt: skip
+        resize=resize,
+        crop=cropped if not isinstance(cropped, int) else (cropped, cropped),
+        resample=settings.get("resample", Image.Resampling.BICUBIC),
+        mean=tuple(settings.get("image_mean", mean)) if normal else (0.0,) * 3,
+        std=tuple(settings.get("image_std", std)) if normal else (1.0,) * 3,
+    )
 
 
 def _sides(size: Any, *, shorter: bool) -> int | tuple[int, int] | None:

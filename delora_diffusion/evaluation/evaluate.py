@@ -25,7 +25,8 @@ from ..sampling.sample import adapter_hash, plan, processes, sample
 from .choose import Measured, strength_text
 from .config import EvaluationConfig, MeasuringConfig
 from .images import Batch, Picture, batches_of, read_photos, read_pictures
-from .scores import METRIC, METRICS, Scorer, load_scorer, measure, protocol_of
+from .scorer import Scorer, load_scorer, measure, protocol_of
+from .scores import METRIC, METRICS
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,14 @@ def evaluate(config: EvaluationConfig, measuring: MeasuringConfig, drawing: Draw
         prompts = read_prompts(config.prompts, config.prompts_file, option="prompts_file")
         check_prompts(prompts, unrelated, token=measuring.trigger_token)
         pictures = drawn_pictures(
-            config.adapter, prompts, unrelated, drawing, base=config.pretrained_model_name_or_path,
-            folder=out, shared=out / "base",
-        )  # fmt: skip
+            config.adapter,
+            prompts,
+            unrelated,
+            drawing,
+            base=config.pretrained_model_name_or_path,
+            folder=out,
+            shared=out / "base",
+        )
         name = Path(config.adapter[0]).name if len(config.adapter) == 1 else "adapter"
         batches += batches_of(pictures, name=name, token=measuring.trigger_token)
     if scorer is not None:
@@ -80,7 +86,7 @@ def scorer_of(measuring: MeasuringConfig, *, device: str | torch.device) -> Scor
 def recommend(rows: Sequence[Row], batches: Sequence[Batch]) -> None:
     """Say which of the measured strengths to use if all are of one adapter, also in its card: if it has one, and is
     still the adapter that drew the images."""
-    dial = [
+    measured = [
         Measured(
             row.strength,
             {name: figure.value for name, figure in row.figures.items() if METRIC[name].panel is not None},
@@ -88,10 +94,14 @@ def recommend(rows: Sequence[Row], batches: Sequence[Batch]) -> None:
         for row in rows
         if row.strength is not None
     ]
-    drew = {(p.settings["adapter"], p.settings["adapter_hash"]) for batch in batches for p in batch.pictures
-            if p.settings.get("adapter")}  # fmt: skip
-    strengths = {row.strength for row in dial}
-    if len(drew) != 1 or not 1 < len(strengths) == len(dial) or not (text := strength_text(dial)):
+    drew = {
+        (p.settings["adapter"], p.settings["adapter_hash"])
+        for batch in batches
+        for p in batch.pictures
+        if p.settings.get("adapter")
+    }
+    strengths = {row.strength for row in measured}
+    if len(drew) != 1 or not 1 < len(strengths) == len(measured) or not (text := strength_text(measured)):
         return
     log.info("%s", text.splitlines()[0])
     ((source, content),) = drew
@@ -101,9 +111,15 @@ def recommend(rows: Sequence[Row], batches: Sequence[Batch]) -> None:
 
 
 def drawn_pictures(
-    adapters: Sequence[str], prompts: Sequence[str], unrelated: Sequence[str], drawing: DrawingConfig, *,
-    base: str | None, folder: Path, shared: Path,
-) -> list[Picture]:  # fmt: skip
+    adapters: Sequence[str],
+    prompts: Sequence[str],
+    unrelated: Sequence[str],
+    drawing: DrawingConfig,
+    *,
+    base: str | None,
+    folder: Path,
+    shared: Path,
+) -> list[Picture]:
     """What an evaluation looks at, drawn where it is missing.
 
     Args:
@@ -112,9 +128,11 @@ def drawn_pictures(
         shared: folder for what the base draws for the unrelated prompts, the same for every subject.
     """
     wanted = SamplingConfig(
-        adapter=list(adapters), pretrained_model_name_or_path=base, prompts=list(prompts),
+        adapter=list(adapters),
+        pretrained_model_name_or_path=base,
+        prompts=list(prompts),
         output_dir=str(folder / "subject"),
-    )  # fmt: skip
+    )
     adapted = replace(wanted, prompts=list(unrelated), output_dir=str(folder / "unrelated"))
     plain = replace(
         adapted, adapter=[], pretrained_model_name_or_path=plan(wanted, drawing).base, output_dir=str(shared)
@@ -151,7 +169,7 @@ def drawing_protocol(batches: Sequence[Batch]) -> dict[str, Any]:
     """Prompts, seeds and how the images were drawn, as far as their manifests tell."""
     pictures = [p for batch in batches for p in batch.pictures]
     others = [pair[1] for batch in batches for pair in batch.pairs]
-    told: dict[str, Any] = {
+    protocol: dict[str, Any] = {
         "prompts": list(dict.fromkeys(p.prompt for p in pictures if p.prompt is not None)),
         "unrelated prompts": list(dict.fromkeys(p.prompt for p in others)),
         "seeds": sorted({p.settings["seed"] for p in [*pictures, *others] if "seed" in p.settings}),
@@ -169,8 +187,8 @@ def drawing_protocol(batches: Sequence[Batch]) -> dict[str, Any]:
     drawn = {
         name: sorted({_drawn_with(name, p.settings[name]) for p in pictures if name in p.settings}) for name in shared
     }
-    told |= {"drawing": {name: ", ".join(values) for name, values in drawn.items() if values}}
-    return {name: value for name, value in told.items() if value}
+    protocol |= {"drawing": {name: ", ".join(values) for name, values in drawn.items() if values}}
+    return {name: value for name, value in protocol.items() if value}
 
 
 def _drawn_with(name: str, value: Any) -> str:

@@ -30,8 +30,8 @@ class Picture:
     @property
     def is_base(self) -> bool:
         """Whether it is known to be drawn by the base model alone."""
-        told = self.settings
-        return "adapter" in told and (told["adapter"] is None or told.get("strength") == 0)
+        settings = self.settings
+        return "adapter" in settings and (settings["adapter"] is None or settings.get("strength") == 0)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Photos:
     captions: dict[Path, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """The images of one adapter at one strength."""
 
@@ -112,7 +112,9 @@ def batches_of(pictures: Sequence[Picture], *, name: str, token: str) -> list[Ba
         subject = [p for p in members if p.prompt is None or has_token(p.prompt, token)]
         pairs = [(bases[_drawn(p)], p) for p in unrelated if adapter is not None and _drawn(p) in bases]
         if subject:
-            batches.append(Batch(_label(name, adapter, content, groups), strength, subject, pairs))
+            batches.append(
+                Batch(name=_label(name, adapter, content, groups), strength=strength, pictures=subject, pairs=pairs)
+            )
     if not batches:
         prompts = sorted({str(picture.prompt) for picture in pictures})
         raise DataError(

@@ -107,12 +107,12 @@ def bootstrap(
     names = list(range(len(numbers))) if groups is None else list(groups)
     if len(names) != len(numbers):
         raise MetricError(f"{len(names)} groups for {len(numbers)} values; give one for each")
-    held = ~numbers.isnan()
-    if not held.any():
+    known = ~numbers.isnan()
+    if not known.any():
         return float("nan"), float("nan")
     order = {name: place for place, name in enumerate(dict.fromkeys(names))}
-    member = torch.tensor([order[name] for name in names])[held]
-    sums = torch.zeros(len(order), dtype=torch.float64).index_add_(0, member, numbers[held])
+    member = torch.tensor([order[name] for name in names])[known]
+    sums = torch.zeros(len(order), dtype=torch.float64).index_add_(0, member, numbers[known])
     counts = torch.bincount(member, minlength=len(order))
     sums, counts = sums[counts > 0], counts[counts > 0]
     generator = torch.Generator().manual_seed(seed)

@@ -75,8 +75,8 @@ def summed(
                 if layer not in nameless:
                     _check_same_base(f"{component}.{layer}", named["delora_w_norm"], norms)
                     residual |= "delora_A_init" in named
-                    few = parts.setdefault(component, {}).setdefault(layer, [])
-                    few.append(factors_of(named, value))
+                    members = parts.setdefault(component, {}).setdefault(layer, [])
+                    members.append(factors_of(named, value))
     if left_out and not allow_partial:
         raise LoraError(
             f"a LoRA cannot hold {len(left_out)} parts of this adapter ({', '.join(left_out[:3])}): parameters "
@@ -88,7 +88,9 @@ def summed(
     notes = [f"left out: {', '.join(left_out)}"] if left_out else []
     if residual:
         notes.append("init_weights residual: the frozen initial update is part of it, so the rank is 2r")
-    return {c: {layer: added(few) for layer, few in layers.items()} for c, layers in parts.items()}, tuple(notes)
+    return {c: {layer: added(members) for layer, members in layers.items()} for c, layers in parts.items()}, tuple(
+        notes
+    )
 
 
 def _check_same_base(layer: str, w: Tensor, norms: dict[str, Tensor]) -> None:
@@ -122,19 +124,19 @@ def compressed_updates(updates: Updates, rank: int) -> tuple[Updates, tuple[str,
     """Every layer at `rank` at most, and a note on the error."""
     if rank < 1:
         raise LoraError(f"rank is {rank}; it must be at least 1")
-    made: Updates = {}
+    shorter: Updates = {}
     lost = size = 0.0
     worst, where = 0.0, ""
     for component, layers in updates.items():
         for layer, factors in layers.items():
-            made.setdefault(component, {})[layer], error = factors.compressed(rank)
+            shorter.setdefault(component, {})[layer], error = factors.compressed(rank)
             whole = float(factors.norm())
             lost, size = lost + error**2, size + whole**2
             if whole and error / whole > worst:
                 worst, where = error / whole, f"{component}.{layer}"
     share = math.sqrt(lost / size) if size else 0.0
     at = f", at most {worst:.2%}, in {where}" if where else ""
-    return made, (f"compressed to rank {rank}: {share:.2%} of the update is lost{at}",)
+    return shorter, (f"compressed to rank {rank}: {share:.2%} of the update is lost{at}",)
 
 
 def known_architecture(adapters: Sequence[Adapter], updates: Updates, asked: str | None) -> Architecture | None:
@@ -143,6 +145,8 @@ def known_architecture(adapters: Sequence[Adapter], updates: Updates, asked: str
         if asked not in ARCHITECTURES:
             raise LoraError(f"architecture is {asked!r}; choose one of {', '.join(ARCHITECTURES)}")
         return ARCHITECTURES[asked]
-    told = adapters[0].provenance
+    provenance = adapters[0].provenance
     widths = {c: {layer: factors.down.shape[1] for layer, factors in layers.items()} for c, layers in updates.items()}
-    return architecture_of(widths, pipeline=told.get("pipeline", ""), prediction_type=told.get("prediction_type", ""))
+    return architecture_of(
+        widths, pipeline=provenance.get("pipeline", ""), prediction_type=provenance.get("prediction_type", "")
+    )

@@ -22,7 +22,7 @@ def _strengths(weights: list[float], adapters: list[str]) -> list[float]:
     return weights if len(weights) == len(adapters) else weights * len(adapters)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Which adapters a LoRA file is, or is to be, made of."""
 
@@ -46,7 +46,7 @@ class LoraConfig:
         return _strengths(self.weights, self.adapter)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """The LoRA file to write."""
 
@@ -87,7 +87,7 @@ class VerifyConfig:
         at_least(self, 0, "tolerance")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergingConfig:
     """Merging adapters into a copy of the base."""
 
@@ -132,7 +132,7 @@ class InspectionConfig:
             raise OptionError("nothing to inspect; give --adapter")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PushConfig:
     """Uploading an adapter to the Hub."""
 

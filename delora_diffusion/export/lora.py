@@ -6,13 +6,14 @@ exactly, and nothing is fitted. Several adapters become one LoRA whose ranks add
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, is_native
@@ -21,13 +22,12 @@ from ..families import Architecture
 from ..method.lowrank import LowRank
 from ..run_folder import ADAPTER_NAME, LORA_NAME
 from .combine import Updates, compressed_updates, gathered, known_architecture, summed
-from .lora_header import lora_header
 from .lora_names import LoraError, looked_up, lora_name, missing_attention, style_of, tensor_endings
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportReport:
     """What was written: the file, whose names it has, its one rank, layers of each component, and what to know."""
 
@@ -103,18 +103,23 @@ def export_lora(
     if metadata:
         name = path.stem if path.name != LORA_NAME else path.resolve().parent.name
         header |= lora_header(
-            tensors, name=name, rank=width, style=style, architecture=family, provenance=adapters[0].provenance,
+            tensors,
+            name=name,
+            rank=width,
+            style=style,
+            architecture=family,
+            provenance=adapters[0].provenance,
             trigger=trigger or _triggers(adapters),
-        )  # fmt: skip
+        )
     with complete_file(path) as aside:
         save_file(tensors, aside, metadata=header)
     counts = {component: len(layers) for component, layers in updates.items()}
-    return ExportReport(path, style, width, counts, (*notes, *more))
+    return ExportReport(path=path, style=style, rank=width, layers=counts, notes=(*notes, *more))
 
 
 def _lost_in_comfyui(updates: Updates, style: str, architecture: Architecture | None) -> list[str]:
     """A note on layers that ComfyUI has no name for."""
-    layers = [(component, layer) for component, few in updates.items() for layer in few]
+    layers = [(component, layer) for component, members in updates.items() for layer in members]
     lost = [
         f"{component}.{layer}"
         for component, layer in layers
@@ -191,3 +196,59 @@ def _check_destination(path: Path, overwrite: bool) -> None:
         raise LoraError(f"{path} exists; give another name, or replace it with overwrite")
     if path.exists() and is_native(path):
         raise LoraError(f"{path} is a native adapter, which a LoRA does not replace; give another name")
+
+
+# ---- the header: kohya's `ss_` fields, ModelSpec 1.0.1 and our own, which begin with `delora.` ---------
+
+
+def lora_header(
+    tensors: Mapping[str, Tensor],
+    *,
+    name: str,
+    rank: int,
+    style: str,
+    architecture: Architecture | None,
+    provenance: Mapping[str, str],
+    trigger: str | None,
+) -> dict[str, str]:
+    """Header fields; those that are not known are left out, never guessed.
+
+    Args:
+        name: the file's name without its ending.
+        style: "kohya" or "diffusers", whose names the tensors have.
+        provenance: of the adapter: base_model, base_fingerprint, resolution, ...
+        trigger: words that call the subject up.
+    """
+    digest = data_hash(tensors)
+    implementation = "https://github.com/kohya-ss/sd-scripts" if style == "kohya" else "diffusers"
+    fields = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(rank)),
+        "ss_output_name": name,
+        "sshs_model_hash": digest,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": implementation,
+        "modelspec.title": name,
+        "modelspec.hash_sha256": f"0x{digest}",
+    }
+    if architecture is not None and architecture.base_version:
+        fields["ss_base_model_version"] = architecture.base_version
+        fields["ss_v2"] = str(architecture.base_version.startswith("sd_v2"))
+    if architecture is not None and architecture.model_spec:
+        fields["modelspec.architecture"] = f"{architecture.model_spec}/lora"
+    if trigger:
+        fields["modelspec.trigger_phrase"] = trigger
+    if side := provenance.get("resolution"):
+        fields |= {"modelspec.resolution": f"{side}x{side}", "ss_resolution": f"({side}, {side})"}
+    if base := provenance.get("base_model"):
+        fields |= {"ss_sd_model_name": base, "delora.base_model": base}
+    if fingerprint := provenance.get("base_fingerprint"):
+        fields["delora.base_fingerprint"] = fingerprint
+    return fields
+
+
+def data_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a safetensors file without its header, as ModelSpec and kohya's tools count it."""
+    data = save(dict(tensors))
+    return hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()

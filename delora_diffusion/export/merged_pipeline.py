@@ -14,7 +14,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -32,6 +32,9 @@ from ..method.merge import MergeReport, merge_delora
 from ..options import OptionError
 from ..pipeline import load_delora_weights, set_adapters
 from .config import MergingConfig
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 log = logging.getLogger(__name__)
 RECORD_NAME = "delora_merge.json"
@@ -111,7 +114,7 @@ def stored_dtypes(folder: Path, variant: str | None = None) -> dict[str, torch.d
     return found
 
 
-def _make_plain(pipe: Any, parts: set[str], config: MergingConfig) -> bool:
+def _make_plain(pipe: DiffusionPipeline, parts: set[str], config: MergingConfig) -> bool:
     """Dequantise the components that adapters are for, or refuse; whether none had to be."""
     exact = True
     for component, module in components(pipe).items():
@@ -138,7 +141,7 @@ def _make_plain(pipe: Any, parts: set[str], config: MergingConfig) -> bool:
     return exact
 
 
-def _cast_others(pipe: Any, merged: Mapping[str, MergeReport], dtype: torch.dtype | None) -> None:
+def _cast_others(pipe: DiffusionPipeline, merged: Mapping[str, MergeReport], dtype: torch.dtype | None) -> None:
     """The components without adapters; the VAE keeps its precision rather than become fp16, which overflows in it."""
     for name, module in pipe.components.items():
         if dtype is None or name in merged or not isinstance(module, nn.Module):
@@ -148,10 +151,10 @@ def _cast_others(pipe: Any, merged: Mapping[str, MergeReport], dtype: torch.dtyp
 
 
 def _record(config: MergingConfig, base: str, reports: Mapping[str, MergeReport]) -> str:
-    told = {
+    record = {
         "base": base,
         "adapters": [{"adapter": a, "weight": w} for a, w in zip(config.adapter, config.strengths, strict=True)],
         "dtype": config.dtype,
         "components": {name: dataclasses.asdict(report) for name, report in reports.items()},
     }
-    return json.dumps(told, indent=2) + "\n"
+    return json.dumps(record, indent=2) + "\n"

@@ -22,7 +22,7 @@ from .lora_names import LoraError, canonical, looked_up, lora_name, tensor_endin
 PROGRAMS = ("diffusers", "comfyui", "a1111")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VerifyReport:
     """How an exported file compares with its adapter.
 
@@ -120,8 +120,17 @@ def _compared(inside: _Named, wanted: _Named, loaders: dict[str, int]) -> Verify
         error = off / whole if whole else (0.0 if off == 0 else float("inf"))
         if error > largest:
             largest, worst = error, layer
-    unexpected = tuple(called for name, (called, few) in inside.items() if name not in wanted and few.norm() > 0)
-    return VerifyReport(len(wanted), tuple(missing), unexpected, max(largest, 0.0), worst, loaders)
+    unexpected = tuple(
+        called for name, (called, layers_of) in inside.items() if name not in wanted and layers_of.norm() > 0
+    )
+    return VerifyReport(
+        layers=len(wanted),
+        missing=tuple(missing),
+        unexpected=unexpected,
+        largest_error=max(largest, 0.0),
+        worst=worst,
+        loaders=loaders,
+    )
 
 
 def _updates_in(tensors: Mapping[str, Tensor], style: str) -> dict[str, LowRank]:
@@ -141,13 +150,13 @@ def _updates_in(tensors: Mapping[str, Tensor], style: str) -> dict[str, LowRank]
 
 
 def _found_by_name(program: str, names: set[str], updates: Updates, architecture: Architecture | None) -> int:
-    layers = [(component, layer) for component, few in updates.items() for layer in few]
+    layers = [(component, layer) for component, layers_of in updates.items() for layer in layers_of]
     return sum(bool(looked_up(program, component, layer, architecture) & names) for component, layer in layers)
 
 
 def _found_by_peft(exported: Adapter, updates: Updates) -> int:
     """How many layers are in PEFT's folders and named by their configuration, without which PEFT adapts none."""
-    layers = [(component, layer) for component, few in updates.items() for layer in few]
+    layers = [(component, layer) for component, layers_of in updates.items() for layer in layers_of]
     return sum(
         f"{layer}.delora_A" in exported.tensors.get(component, ())
         and is_target(exported.configs[component], layer, nn.Linear(1, 1), nn.Module())
@@ -167,13 +176,13 @@ def _found_by_diffusers(tensors: Mapping[str, Tensor], updates: Updates) -> int:
     state, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(tensors))
     count = 0
     for component, layers in updates.items():
-        own = {k.removeprefix(f"{component}."): t for k, t in state.items() if k.startswith(f"{component}.")}
+        part = {k.removeprefix(f"{component}."): t for k, t in state.items() if k.startswith(f"{component}.")}
         try:
             if component.startswith("text_encoder"):
-                own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
-            elif not any("lora_A" in key for key in own):
-                own = convert_unet_state_dict_to_peft(own)
+                part = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
+            elif not any("lora_A" in key for key in part):
+                part = convert_unet_state_dict_to_peft(part)
         except ValueError:  # diffusers cannot tell what the file is, and would refuse it
-            own = {}
-        count += sum(f"{canonical(component, layer)}.lora_A.weight" in own for layer in layers)
+            part = {}
+        count += sum(f"{canonical(component, layer)}.lora_A.weight" in part for layer in layers)
     return count

@@ -6,7 +6,7 @@ To add one: a `Family` value in `FAMILIES`, a `predict` of a few lines, and a ti
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .dit import LUMINA2, PIXART, SANA, Z_IMAGE
 from .family import (
@@ -22,6 +22,9 @@ from .family import (
 )
 from .mmdit import FLUX, FLUX2, QWEN_IMAGE, STABLE_DIFFUSION_3
 from .unet import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = [
     "FAMILIES",
@@ -45,7 +48,7 @@ FAMILIES = (
 )  # fmt: skip
 
 
-def family_of(pipe: Any) -> Family:
+def family_of(pipe: DiffusionPipeline) -> Family:
     """The family of a diffusers pipeline, whether it can be trained with or only carries adapters.
 
     Raises:
@@ -92,7 +95,7 @@ def check_trainable(listed: Mapping[str, Any], *, train_text_encoder: bool) -> F
     return family
 
 
-def check_sizes(pipe: Any, sizes: Iterable[tuple[int, int]], *, option: str) -> None:
+def check_sizes(pipe: DiffusionPipeline, sizes: Iterable[tuple[int, int]], *, option: str) -> None:
     """Refuse pictures (height, width) that a pipeline, of which only the VAE is looked at, cannot take.
 
     Raises:

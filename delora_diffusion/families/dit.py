@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .family import Architecture, Conditioning, Family, Setting, call_defaults, encoder_device, zeros
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 # ---- PixArt-alpha and PixArt-Sigma ----------------------------------------------------------------
 
 
-def _encode_masked(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+def _encode_masked(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
     embeds, mask, _, _ = pipe.encode_prompt(list(prompts), False, **_settings(pipe))
     return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
 
-def _negative_masked(pipe: Any, prompt: str | None) -> Conditioning:
+def _negative_masked(pipe: DiffusionPipeline, prompt: str | None) -> Conditioning:
     """As the pipeline makes it: Sana's and Lumina2's instructions are not put in front of a negative prompt."""
     _, _, embeds, mask = pipe.encode_prompt("", True, negative_prompt=prompt or "", **_settings(pipe))
     return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
@@ -27,11 +30,12 @@ def _negative_masked(pipe: Any, prompt: str | None) -> Conditioning:
 def _blank_masked(tokens: int, width: str) -> Callable[[Any], Conditioning]:
     """Embeddings of so many tokens, as wide as the denoiser's config says under this name, and a mask that is full."""
     return lambda denoiser: {
-        "prompt_embeds": zeros(tokens, denoiser.config[width]), "prompt_attention_mask": zeros(tokens).long() + 1
-    }  # fmt: skip
+        "prompt_embeds": zeros(tokens, denoiser.config[width]),
+        "prompt_attention_mask": zeros(tokens).long() + 1,
+    }
 
 
-def _settings(pipe: Any) -> dict[str, Any]:
+def _settings(pipe: DiffusionPipeline) -> dict[str, Any]:
     """What the pipelines of one family or another hand on from their call."""
     names = ("clean_caption", "complex_human_instruction")
     return {"device": encoder_device(pipe, ("text_encoder",))} | call_defaults(pipe, *names)
@@ -41,16 +45,23 @@ def _predict_pixart(denoiser: Any, x_t: Tensor, t: Tensor, cond: Conditioning, s
     """The second half of the channels is the learned variance, which no sampler reads."""
     size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if denoiser.use_additional_conditions:
-        told = torch.tensor([[setting.height, setting.width, setting.height / setting.width]]).to(x_t)
-        size = {"resolution": told[:, :2].repeat(len(x_t), 1), "aspect_ratio": told[:, 2:].repeat(len(x_t), 1)}
+        size_and_ratio = torch.tensor([[setting.height, setting.width, setting.height / setting.width]]).to(x_t)
+        size = {
+            "resolution": size_and_ratio[:, :2].repeat(len(x_t), 1),
+            "aspect_ratio": size_and_ratio[:, 2:].repeat(len(x_t), 1),
+        }
     prediction: Tensor = denoiser(
-        x_t, encoder_hidden_states=cond["prompt_embeds"], encoder_attention_mask=cond["prompt_attention_mask"],
-        timestep=t, added_cond_kwargs=size, return_dict=False,
-    )[0]  # fmt: skip
+        x_t,
+        encoder_hidden_states=cond["prompt_embeds"],
+        encoder_attention_mask=cond["prompt_attention_mask"],
+        timestep=t,
+        added_cond_kwargs=size,
+        return_dict=False,
+    )[0]
     return prediction[:, : x_t.shape[1]]
 
 
-def _sampling_binned(pipe: Any) -> dict[str, Any]:
+def _sampling_binned(pipe: DiffusionPipeline) -> dict[str, Any]:
     """Pictures have the size that was asked for, as in training, instead of the nearest of a table."""
     return {"guidance_scale": 4.5, "num_inference_steps": 20, "use_resolution_binning": False}
 
@@ -82,9 +93,12 @@ PIXART = Family(
 
 def _predict_sana(denoiser: Any, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
     prediction: Tensor = denoiser(
-        x_t, encoder_hidden_states=cond["prompt_embeds"], encoder_attention_mask=cond["prompt_attention_mask"],
-        timestep=t * denoiser.config.timestep_scale, return_dict=False,
-    )[0]  # fmt: skip
+        x_t,
+        encoder_hidden_states=cond["prompt_embeds"],
+        encoder_attention_mask=cond["prompt_attention_mask"],
+        timestep=t * denoiser.config.timestep_scale,
+        return_dict=False,
+    )[0]
     return prediction[:, : x_t.shape[1]].float()
 
 
@@ -111,9 +125,12 @@ SANA = Family(
 def _predict_lumina2(denoiser: Any, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
     """Lumina2 counts time from noise to image, and its velocity points that way too."""
     prediction: Tensor = denoiser(
-        hidden_states=x_t, timestep=1 - t / 1000, encoder_hidden_states=cond["prompt_embeds"],
-        encoder_attention_mask=cond["prompt_attention_mask"], return_dict=False,
-    )[0]  # fmt: skip
+        hidden_states=x_t,
+        timestep=1 - t / 1000,
+        encoder_hidden_states=cond["prompt_embeds"],
+        encoder_attention_mask=cond["prompt_attention_mask"],
+        return_dict=False,
+    )[0]
     return -prediction
 
 
@@ -138,12 +155,12 @@ LUMINA2 = Family(
 # ---- Z-Image --------------------------------------------------------------------------------------
 
 
-def _encode_z_image(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+def _encode_z_image(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
     embeds, _ = pipe.encode_prompt(list(prompts), encoder_device(pipe, ("text_encoder",)), False)
     return {"prompt_embeds": embeds}
 
 
-def _negative_z_image(pipe: Any, prompt: str | None) -> Conditioning:
+def _negative_z_image(pipe: DiffusionPipeline, prompt: str | None) -> Conditioning:
     return _encode_z_image(pipe, [prompt or ""])
 
 

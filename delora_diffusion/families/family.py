@@ -6,11 +6,14 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 #: What conditions the denoiser, by the name of the pipeline's own keyword argument: a tensor with first dimension B,
 #: or a list of B tensors of different lengths.
@@ -109,7 +112,7 @@ class Family:
         """Names of the components that can carry an adapter."""
         return (self.denoiser, *self.text_encoders) if self.trains_text else (self.denoiser,)
 
-    def multiple(self, pipe: Any) -> int:
+    def multiple(self, pipe: DiffusionPipeline) -> int:
         """What height and width in pixels must be divisible by."""
         patchified = 2 if getattr(pipe.vae, "bn", None) is not None else 1
         return int(pipe.vae_scale_factor) * patchified * self.patch
@@ -169,7 +172,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Conditioning:
     return {key.removesuffix(_LIST): [value] if key.endswith(_LIST) else value for key, value in tensors.items()}
 
 
-def encoder_device(pipe: Any, family_encoders: Sequence[str]) -> torch.device:
+def encoder_device(pipe: DiffusionPipeline, family_encoders: Sequence[str]) -> torch.device:
     """Where the text encoders work: where they are or, while they wait for their turn, where they will come."""
     for module in (getattr(pipe, name, None) for name in family_encoders):
         if module is not None:
@@ -178,13 +181,13 @@ def encoder_device(pipe: Any, family_encoders: Sequence[str]) -> torch.device:
     return torch.device("cpu")
 
 
-def call_defaults(pipe: Any, *names: str) -> dict[str, Any]:
+def call_defaults(pipe: DiffusionPipeline, *names: str) -> dict[str, Any]:
     """Defaults of those arguments that the pipeline's call has; `encode_prompt` may have others for the same."""
     arguments = inspect.signature(type(pipe).__call__).parameters
     return {name: arguments[name].default for name in names if name in arguments}
 
 
-def refuse_negative(pipe: Any, prompt: str | None) -> None:
+def refuse_negative(pipe: DiffusionPipeline, prompt: str | None) -> None:
     """`encode_negative` of a family whose pipelines take no negative prompt."""
     if prompt is not None:
         raise FamilyError(f"{type(pipe).__name__} takes no negative prompt here; leave it out")

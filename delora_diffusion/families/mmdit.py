@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from .family import Architecture, Conditioning, Family, Setting, call_defaults, encoder_device, refuse_negative, zeros
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 _SD3_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _FLUX_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -55,22 +58,25 @@ def _guidance(denoiser: Any, setting: Setting, like: Tensor) -> Tensor | None:
 # ---- Stable Diffusion 3 and 3.5 -------------------------------------------------------------------
 
 
-def _encode_sd3(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+def _encode_sd3(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
     embeds, _, pooled, _ = pipe.encode_prompt(
         list(prompts), None, None, device=encoder_device(pipe, _SD3_ENCODERS), do_classifier_free_guidance=False
     )
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def _negative_sd3(pipe: Any, prompt: str | None) -> Conditioning:
+def _negative_sd3(pipe: DiffusionPipeline, prompt: str | None) -> Conditioning:
     return _encode_sd3(pipe, [prompt or ""])
 
 
 def _predict_sd3(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
     prediction: Tensor = denoiser(
-        hidden_states=x_t, timestep=t, encoder_hidden_states=cond["prompt_embeds"],
-        pooled_projections=cond["pooled_prompt_embeds"], return_dict=False,
-    )[0]  # fmt: skip
+        hidden_states=x_t,
+        timestep=t,
+        encoder_hidden_states=cond["prompt_embeds"],
+        pooled_projections=cond["pooled_prompt_embeds"],
+        return_dict=False,
+    )[0]
     return prediction
 
 
@@ -117,13 +123,13 @@ STABLE_DIFFUSION_3 = Family(
 # ---- FLUX.1 ---------------------------------------------------------------------------------------
 
 
-def _flux_tokens(pipe: Any) -> int:
+def _flux_tokens(pipe: DiffusionPipeline) -> int:
     """Tokens of T5, padding included: dev was trained with 512, schnell, which hears no guidance, with 256."""
     transformer = pipe.transformer
     return 512 if transformer is None or transformer.config.guidance_embeds else 256
 
 
-def _encode_flux(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+def _encode_flux(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
     embeds, pooled, _ = pipe.encode_prompt(
         list(prompts), device=encoder_device(pipe, _FLUX_ENCODERS), max_sequence_length=_flux_tokens(pipe)
     )
@@ -134,11 +140,15 @@ def _predict_flux(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditionin
     embeds = cond["prompt_embeds"]
     height, width = x_t.shape[2] // 2, x_t.shape[3] // 2
     prediction = denoiser(
-        hidden_states=_packed(x_t), timestep=t.to(x_t.dtype) / 1000, guidance=_guidance(denoiser, setting, x_t),
-        pooled_projections=cond["pooled_prompt_embeds"], encoder_hidden_states=embeds,
+        hidden_states=_packed(x_t),
+        timestep=t.to(x_t.dtype) / 1000,
+        guidance=_guidance(denoiser, setting, x_t),
+        pooled_projections=cond["pooled_prompt_embeds"],
+        encoder_hidden_states=embeds,
         txt_ids=_coordinates(1, 1, 1, like=x_t).to(x_t.dtype).repeat(embeds[0].shape[0], 1),
-        img_ids=_coordinates(1, height, width, like=x_t).to(x_t.dtype), return_dict=False,
-    )[0]  # fmt: skip
+        img_ids=_coordinates(1, height, width, like=x_t).to(x_t.dtype),
+        return_dict=False,
+    )[0]
     return _unpacked(prediction, x_t)
 
 
@@ -176,12 +186,12 @@ FLUX = Family(
 # ---- FLUX.2 ---------------------------------------------------------------------------------------
 
 
-def _encode_flux2(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+def _encode_flux2(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
     embeds, _ = pipe.encode_prompt(list(prompts), device=encoder_device(pipe, ("text_encoder",)))
     return {"prompt_embeds": embeds}
 
 
-def _negative_flux2(pipe: Any, prompt: str | None) -> Conditioning | None:
+def _negative_flux2(pipe: DiffusionPipeline, prompt: str | None) -> Conditioning | None:
     """klein's pipeline guides against an empty prompt; dev's, which is guidance-distilled, against none."""
     refuse_negative(pipe, prompt)
     return _encode_flux2(pipe, [""]) if "Klein" in type(pipe).__name__ else None
@@ -190,11 +200,14 @@ def _negative_flux2(pipe: Any, prompt: str | None) -> Conditioning | None:
 def _predict_flux2(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
     embeds, (height, width) = cond["prompt_embeds"], x_t.shape[2:]
     prediction = denoiser(
-        hidden_states=_tokens(x_t), timestep=t.to(x_t.dtype) / 1000, guidance=_guidance(denoiser, setting, x_t),
+        hidden_states=_tokens(x_t),
+        timestep=t.to(x_t.dtype) / 1000,
+        guidance=_guidance(denoiser, setting, x_t),
         encoder_hidden_states=embeds,
         txt_ids=_coordinates(1, 1, 1, embeds[0].shape[0], like=x_t).expand(len(x_t), -1, -1),
-        img_ids=_coordinates(1, height, width, 1, like=x_t).expand(len(x_t), -1, -1), return_dict=False,
-    )[0]  # fmt: skip
+        img_ids=_coordinates(1, height, width, 1, like=x_t).expand(len(x_t), -1, -1),
+        return_dict=False,
+    )[0]
     return _grid(prediction, height, width)
 
 
@@ -222,7 +235,7 @@ FLUX2 = Family(
 # ---- Qwen-Image -----------------------------------------------------------------------------------
 
 
-def _encode_qwen(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+def _encode_qwen(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
     embeds, mask = pipe.encode_prompt(
         list(prompts), device=encoder_device(pipe, ("text_encoder",)), **call_defaults(pipe, "max_sequence_length")
     )
@@ -230,7 +243,7 @@ def _encode_qwen(pipe: Any, prompts: Sequence[str]) -> Conditioning:
     return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
 
 
-def _negative_qwen(pipe: Any, prompt: str | None) -> Conditioning:
+def _negative_qwen(pipe: DiffusionPipeline, prompt: str | None) -> Conditioning:
     """The pipeline guides only against a negative prompt that is given; a space is what its authors give."""
     return _encode_qwen(pipe, [prompt or " "])
 
@@ -244,10 +257,14 @@ def _blank_qwen(denoiser: Any) -> Conditioning:
 def _predict_qwen(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting) -> Tensor:
     mask: Any = cond["prompt_embeds_mask"]
     prediction = denoiser(
-        hidden_states=_packed(x_t), timestep=t.to(x_t.dtype) / 1000, guidance=_guidance(denoiser, setting, x_t),
-        encoder_hidden_states_mask=None if mask.all() else mask, encoder_hidden_states=cond["prompt_embeds"],
-        img_shapes=[[(1, x_t.shape[2] // 2, x_t.shape[3] // 2)]] * len(x_t), return_dict=False,
-    )[0]  # fmt: skip
+        hidden_states=_packed(x_t),
+        timestep=t.to(x_t.dtype) / 1000,
+        guidance=_guidance(denoiser, setting, x_t),
+        encoder_hidden_states_mask=None if mask.all() else mask,
+        encoder_hidden_states=cond["prompt_embeds"],
+        img_shapes=[[(1, x_t.shape[2] // 2, x_t.shape[3] // 2)]] * len(x_t),
+        return_dict=False,
+    )[0]
     return _unpacked(prediction, x_t)
 
 

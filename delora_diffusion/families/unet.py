@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .family import Architecture, Conditioning, Family, Setting, encoder_device, zeros
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 _XL_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
-def _encode_sd(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+def _encode_sd(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
     embeds, _ = pipe.encode_prompt(list(prompts), encoder_device(pipe, ("text_encoder",)), 1, False)
     return {"prompt_embeds": embeds}
 
 
-def _negative_sd(pipe: Any, prompt: str | None) -> Conditioning:
+def _negative_sd(pipe: DiffusionPipeline, prompt: str | None) -> Conditioning:
     return _encode_sd(pipe, [prompt or ""])
 
 
@@ -27,13 +30,13 @@ def _predict_sd(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning,
     return prediction
 
 
-def _encode_xl(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+def _encode_xl(pipe: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
     device = encoder_device(pipe, _XL_ENCODERS)
     embeds, _, pooled, _ = pipe.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def _negative_xl(pipe: Any, prompt: str | None) -> Conditioning:
+def _negative_xl(pipe: DiffusionPipeline, prompt: str | None) -> Conditioning:
     """Without a negative prompt SDXL's pipeline uses zeros, not the encoding of an empty text."""
     _, embeds, _, pooled = pipe.encode_prompt("", device=encoder_device(pipe, _XL_ENCODERS), negative_prompt=prompt)
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
@@ -49,9 +52,12 @@ def _predict_xl(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning,
     size = [setting.height, setting.width]
     time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=x_t.dtype, device=x_t.device).repeat(len(x_t), 1)
     prediction: Tensor = denoiser(
-        x_t, t, encoder_hidden_states=cond["prompt_embeds"],
-        added_cond_kwargs={"text_embeds": cond["pooled_prompt_embeds"], "time_ids": time_ids}, return_dict=False,
-    )[0]  # fmt: skip
+        x_t,
+        t,
+        encoder_hidden_states=cond["prompt_embeds"],
+        added_cond_kwargs={"text_embeds": cond["pooled_prompt_embeds"], "time_ids": time_ids},
+        return_dict=False,
+    )[0]
     return prediction
 
 
@@ -66,9 +72,13 @@ _FOUND = (
 def _unet(name: str, model_spec: str, base_version: str) -> Architecture:
     two = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     return Architecture(
-        name=name, denoiser="unet", encoders=two if name == "sdxl" else {"text_encoder": "lora_te"},
-        model_spec=model_spec, base_version=base_version, found=_FOUND,
-    )  # fmt: skip
+        name=name,
+        denoiser="unet",
+        encoders=two if name == "sdxl" else {"text_encoder": "lora_te"},
+        model_spec=model_spec,
+        base_version=base_version,
+        found=_FOUND,
+    )
 
 
 STABLE_DIFFUSION = Family(

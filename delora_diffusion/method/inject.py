@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from .targets import target_linears, within
 # ---- injecting and removing ----------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Record:
     """What an adapted module must remember; it hangs on the module, so that a deepcopy carries it along."""
 
@@ -30,11 +30,7 @@ class Record:
 
 
 def inject_delora(
-    module: nn.Module,
-    config: DeloraConfig,
-    adapter_name: str = "default",
-    *,
-    generator: torch.Generator | None = None,
+    module: nn.Module, config: DeloraConfig, adapter_name: str = "default", *, generator: torch.Generator | None = None
 ) -> list[str]:
     """Add an adapter to the Linear layers that `config` names, freeze everything else, and make it the active one.
 
@@ -60,16 +56,8 @@ def inject_delora(
         raise ValueError(
             f"{type(module).__name__} has an adapter {adapter_name!r} already; remove it or choose another name"
         )
-    targets = target_linears(module, config)
-    adapters = {}
-    for name, linear in targets.items():  # everything that can fail comes before the module is touched
-        w_norm = torch.linalg.vector_norm(base_weight(linear), dim=0)
-        rank = config.rank_of(name)
-        adapter = DeloraAdapter(
-            w_norm.cpu() if generator else w_norm, linear.out_features, rank=rank, dropout=config.module_dropout
-        )
-        adapter.initialise(config.lambda_of(name, linear.in_features), config.init_weights, generator)
-        adapters[name] = adapter.to(w_norm.device)
+    targets = target_linears(module, config)  # everything that can fail comes before the module is touched
+    adapters = {name: _new_adapter(config, name, linear, generator) for name, linear in targets.items()}
     full = _trained_in_full(module, config, targets, record.base_values)
     adapted = [name for name in delora_layers(module) if f"{name}.weight" in full]
     saved = {name for values in record.trained_in_full.values() for name in values}
@@ -91,6 +79,20 @@ def inject_delora(
     module._delora = record  # type: ignore[assignment]
     set_delora_adapters(module, adapter_name)
     return list(targets)
+
+
+def _new_adapter(
+    config: DeloraConfig, name: str, linear: nn.Linear, generator: torch.Generator | None
+) -> DeloraAdapter:
+    w_norm = torch.linalg.vector_norm(base_weight(linear), dim=0)
+    adapter = DeloraAdapter(
+        w_norm.cpu() if generator else w_norm,
+        linear.out_features,
+        rank=config.rank_of(name),
+        dropout=config.module_dropout,
+    )
+    adapter.initialise(config.lambda_of(name, linear.in_features), config.init_weights, generator)
+    return adapter.to(w_norm.device)
 
 
 def _trained_in_full(
@@ -143,6 +145,27 @@ def remove_delora(module: nn.Module, adapter_name: str | None = None) -> None:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
         del module._delora
+
+
+@contextlib.contextmanager
+def complete_or_absent(modules: Iterable[nn.Module], adapter_name: str) -> Iterator[None]:
+    """For a `with` block that puts a new adapter into several modules: if it fails, none has it, and those that acted
+    before act again."""
+    modules = list(modules)
+    active = {layer: layer.active for module in modules for _, layer in adapted_layers(module)}
+    enabled = all(layer.enabled for layer in active)
+    try:
+        yield
+    except BaseException:
+        for module in modules:
+            if adapter_name in delora_names(module):
+                remove_delora(module, adapter_name)
+        for layer, names in active.items():
+            layer.active = names
+        for module in modules:
+            if delora_names(module):
+                enable_delora(module, enabled)
+        raise
 
 
 # ---- which adapters act --------------------------------------------------------------------------
@@ -210,7 +233,7 @@ def delora_disabled(module: nn.Module) -> Iterator[None]:
     """The base model for the length of a `with` block, also while adapters are merged."""
     layers = adapted_layers(module)
     merged = [(linear, layer.base_weight) for linear, layer in layers if layer.base_weight is not None]
-    held = [linear.weight.detach().clone() for linear, _ in merged]
+    merged_weights = [linear.weight.detach().clone() for linear, _ in merged]
     was_enabled = all(layer.enabled for _, layer in layers)
     enable_delora(module, False)
     with torch.no_grad():
@@ -220,7 +243,7 @@ def delora_disabled(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for (linear, _), weight in zip(merged, held, strict=True):
+            for (linear, _), weight in zip(merged, merged_weights, strict=True):
                 linear.weight.copy_(weight)
         enable_delora(module, was_enabled)
 

@@ -54,28 +54,34 @@ def load_delora_state_dict(
     Raises:
         ValueError: missing, left-over, misshapen or non-finite tensors, or another base; with counts and names.
     """
-    own = delora_state_dict(module, adapter_name)
+    present = delora_state_dict(module, adapter_name)
     problems = [
-        _listed("missing", [name for name in own if name not in tensors]),
-        _listed("unexpected", [name for name in tensors if name not in own]),
-        _listed("of another shape", [f"{n} {tuple(tensors[n].shape)} for {tuple(t.shape)}" for n, t in own.items()
-                                     if n in tensors and tensors[n].shape != t.shape]),
+        _listed("missing", [name for name in present if name not in tensors]),
+        _listed("unexpected", [name for name in tensors if name not in present]),
+        _listed(
+            "of another shape",
+            [
+                f"{n} {tuple(tensors[n].shape)} for {tuple(t.shape)}"
+                for n, t in present.items()
+                if n in tensors and tensors[n].shape != t.shape
+            ],
+        ),
         _listed("not finite", [n for n, t in tensors.items() if not t.isfinite().all()]),
-    ]  # fmt: skip
+    ]
     if any(problems):
         raise ValueError(f"adapter does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}")
-    off = _check_base(module, own, tensors) if check_base else None
-    for name, tensor in own.items():
+    off = _check_base(module, present, tensors) if check_base else None
+    for name, tensor in present.items():
         tensor.copy_(tensors[name])
     layers = delora_adapters(module, adapter_name)
     return StateReport(len(layers), len(record_of(module).trained_in_full[adapter_name]), off)
 
 
-def _check_base(module: nn.Module, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> float | None:
+def _check_base(module: nn.Module, present: dict[str, Tensor], tensors: dict[str, Tensor]) -> float | None:
     """The largest difference of a layer's column norms, or an error where it is that of another base."""
     layers = delora_layers(module)
     largest = None
-    for name in (n for n in own if n.endswith(".delora_w_norm") and not own[n].is_meta):
+    for name in (n for n in present if n.endswith(".delora_w_norm") and not present[n].is_meta):
         here = torch.linalg.vector_norm(base_weight(layers[name.removesuffix(".delora_w_norm")]), dim=0)
         there = tensors[name].to(here)
         off = float(torch.linalg.vector_norm(there - here) / torch.linalg.vector_norm(here).clamp(min=NORM_FLOOR))

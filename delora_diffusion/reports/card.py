@@ -25,6 +25,21 @@ UPLOADED = (
 )  # fmt: skip
 
 
+_SETTINGS = (
+    "rank", "init_weights", "learning_rate", "lambda_learning_rate", "max_train_steps", "train_batch_size",
+    "resolution", "train_text_encoder", "with_prior_preservation", "seed",
+)  # fmt: skip
+_EXAMPLE = f"""\
+```python
+from diffusers import {{pipeline}}
+from delora_diffusion import load_delora_weights
+
+pipe = {{pipeline}}.from_pretrained("{{base}}")
+{{loading}}  # {ADAPTER_NAME}
+image = pipe("{{prompt}}").images[0]
+```"""
+
+
 class HubError(ValueError):
     """An upload that failed; the message says to what, why, and what to do."""
 
@@ -54,46 +69,29 @@ def write_card(
         "tags": ["delora", "dreambooth", "text-to-image", "diffusers"],
         **({"instance_prompt": trigger} if trigger else {}),
     }
-    told = ("rank", "delora_lambda" if options.get("delora_lambda") is not None else "relative_lambda", "init_weights",
-            "learning_rate", "lambda_learning_rate", "max_train_steps",
-            "train_batch_size", "resolution", "train_text_encoder", "with_prior_preservation", "seed")  # fmt: skip
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
-        "---",
-        "",
-        f"# {folder.resolve().name}",
-        "",
+    name = folder.resolve().name
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
+        f"# {name}",
         f"A DeLoRA adapter for `{base_model}`" + (f", trained on “{trigger}”." if trigger else "."),
-        "",
-        *((f"Trigger words: `{trigger}`", "") if trigger else ()),
-        *(f"![{name}]({name})" for name in pictures),
-        "",
-        "```python",
-        f"from diffusers import {pipeline}",
-        "from delora_diffusion import load_delora_weights",
-        "",
-        f'pipe = {pipeline}.from_pretrained("{base_model}")',
-        f"{_loading(folder.resolve().name)}  # {ADAPTER_NAME}",
-        f'image = pipe("{trigger or "a prompt"}").images[0]',
-        "```",
-        "",
-        *_strength_lines(strength),
-        *(["## Figures", "", figures.strip(), ""] if figures else []),
-        "## Settings",
-        "",
-        "| setting | value |",
-        "|---|---|",
-        *(f"| {name} | {options[name]} |" for name in told if name in options),
-        "",
+        *([f"Trigger words: `{trigger}`"] if trigger else []),
+        *(["\n".join(f"![{picture}]({picture})" for picture in pictures)] if pictures else []),
+        _EXAMPLE.format(pipeline=pipeline, base=base_model, loading=_loading(name), prompt=trigger or "a prompt"),
+        "\n".join(_strength_lines(strength)).strip(),
+        *([f"## Figures\n\n{figures.strip()}"] if figures else []),
+        "\n".join(["## Settings", "", "| setting | value |", "|---|---|", *_settings(options)]),
         "`config.yaml` holds all settings: it repeats the run.",
-        "",
-        *_figures(folder),
+        "\n".join(_figures(folder)).strip(),
     ]
     path = folder / CARD_NAME
     with complete_file(path) as aside:
-        aside.write_text("\n".join(lines), encoding="utf-8")
+        aside.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return path
+
+
+def _settings(options: Mapping[str, Any]) -> list[str]:
+    strength = "delora_lambda" if options.get("delora_lambda") is not None else "relative_lambda"
+    return [f"| {name} | {options[name]} |" for name in (_SETTINGS[0], strength, *_SETTINGS[1:]) if name in options]
 
 
 def set_strength(folder: Path, strength: str) -> bool:
@@ -139,9 +137,15 @@ def push_to_hub(folder: Path, repo: str | None, *, private: bool = False, sheet:
     try:
         url = create_repo(name, exist_ok=True, private=private)
         if not (folder / CARD_NAME).is_file():
-            told = adapter.provenance
-            write_card(folder, base_model=told.get("base_model", ""), trigger=told.get("instance_prompt"),
-                       pipeline="DiffusionPipeline", options={}, pictures=[])  # fmt: skip
+            shown = adapter.provenance
+            write_card(
+                folder,
+                base_model=shown.get("base_model", ""),
+                trigger=shown.get("instance_prompt"),
+                pipeline="DiffusionPipeline",
+                options={},
+                pictures=[],
+            )
         _complete_card(folder, url.repo_id, sheet)
         upload_folder(
             repo_id=url.repo_id, folder_path=folder, allow_patterns=list(UPLOADED), commit_message="DeLoRA adapter"

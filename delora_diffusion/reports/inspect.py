@@ -27,7 +27,7 @@ _KINDS = {
 _KIND = {leaf: kind for kind, leaves in _KINDS.items() for leaf in leaves}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerFigures:
     """One adapted layer.
 
@@ -55,7 +55,7 @@ class LayerFigures:
     effective_rank: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inspection:
     """An adapter's figures: where it comes from, its settings by component, its layers, parameters trained in full."""
 
@@ -81,27 +81,42 @@ def inspect_adapter(adapter: Adapter, source: str) -> Inspection:
     for component, tensors in adapter.tensors.items():
         config = adapter.configs[component]
         for name in sorted(adapted(tensors), key=_natural):
-            own = layer_tensors(name, tensors)
-            factors = factors_of({leaf: tensor.float() for leaf, tensor in own.items()})
+            layer_values = layer_tensors(name, tensors)
+            factors = factors_of({leaf: tensor.float() for leaf, tensor in layer_values.items()})
             values = factors.singular_values()
-            lam, lam_0 = float(own["delora_lambda"]), own.get("delora_lambda_init")
-            w = own["delora_w_norm"].float()
+            lam, lam_0 = float(layer_values["delora_lambda"]), layer_values.get("delora_lambda_init")
+            w = layer_values["delora_w_norm"].float()
             update, weight = float(values.norm()), float(w.norm())
             bound = (abs(lam) + abs(float(lam_0) if lam_0 is not None else 0.0)) * float(w.max())
             start = config.lambda_of(name, len(w)) if lam_0 is None else float(lam_0)
             layers.append(
                 LayerFigures(
-                    component, name, block_of(name), kind_of(name), rank=factors.rank,
-                    lambda_initial=start, lambda_final=lam,
-                    update_norm=update, weight_norm=weight, relative_update=update / weight if weight else 0.0,
-                    bound_share=update / bound if bound else 0.0, effective_rank=effective_rank(values),
+                    component=component,
+                    layer=name,
+                    block=block_of(name),
+                    kind=kind_of(name),
+                    rank=factors.rank,
+                    lambda_initial=start,
+                    lambda_final=lam,
+                    update_norm=update,
+                    weight_norm=weight,
+                    relative_update=update / weight if weight else 0.0,
+                    bound_share=update / bound if bound else 0.0,
+                    effective_rank=effective_rank(values),
                 )
-            )  # fmt: skip
+            )
         trained = {name: t for name, t in tensors.items() if not name.endswith(("w_norm", "_init"))}
         parameters[component] = sum(tensor.numel() for tensor in trained.values())
         full[component] = list(in_full(tensors))
     settings = {component: config.to_dict() for component, config in adapter.configs.items()}
-    return Inspection(source, adapter.provenance, settings, layers, parameters, full)
+    return Inspection(
+        source=source,
+        provenance=adapter.provenance,
+        settings=settings,
+        layers=layers,
+        parameters=parameters,
+        trained_in_full=full,
+    )
 
 
 def kind_of(layer: str) -> str:
@@ -195,13 +210,13 @@ def _origin(inspection: Inspection) -> list[str]:
     lines = [f"    {name}: {value}" for name, value in sorted(inspection.provenance.items()) if value]
     for component, settings in inspection.settings.items():
         unused = "delora_lambda" if settings.get("relative_lambda") is not None else ""
-        told = ", ".join(
+        text = ", ".join(
             f"{name} {value}"
             for name, value in settings.items()
             if value not in (None, {}, [], 0.0) and name != unused
         )
         full = inspection.trained_in_full[component]
-        lines.append(f"    {component or '(one module)'}: {inspection.parameters[component]:,} parameters; {told}")
+        lines.append(f"    {component or '(one module)'}: {inspection.parameters[component]:,} parameters; {text}")
         if full:
             lines.append(f"    {component}: {len(full)} parameters trained in full, such as {full[0]}")
     return lines

@@ -99,10 +99,11 @@ def _legend(axis: Any, looks: Mapping[str, _Look], *, lines: bool) -> None:
     from matplotlib.patches import Patch
 
     handles = [
-        Line2D([], [], color=look.colour, linestyle=look.dashes, label=kind) if lines
+        Line2D([], [], color=look.colour, linestyle=look.dashes, label=kind)
+        if lines
         else Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="white", label=kind)
         for kind, look in looks.items()
-    ]  # fmt: skip
+    ]
     axis.legend(handles=handles, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
@@ -117,9 +118,14 @@ def _bars(axis: Any, layers: Sequence[LayerFigures], looks: Mapping[str, _Look])
             chosen = [layer for layer in here if layer.kind == kind]
             look = looks[kind]
             axis.bar(
-                x, relative_update(chosen), width=0.9 * bar, color=look.colour, hatch=look.hatch, edgecolor="white",
+                x,
+                relative_update(chosen),
+                width=0.9 * bar,
+                color=look.colour,
+                hatch=look.hatch,
+                edgecolor="white",
                 linewidth=0,
-            )  # fmt: skip
+            )
             dots = [layer.relative_update for layer in chosen]
             axis.plot([x] * len(dots), dots, ".", color="#222222", markersize=3)
     axis.set_xticks(range(len(blocks)), blocks, rotation=30, ha="right", fontsize=8)

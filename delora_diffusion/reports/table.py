@@ -42,7 +42,7 @@ class Metric:
         return self.title.replace(",", "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Figure:
     """A mean, its 95 % interval, and how many scores it is the mean of."""
 
@@ -52,7 +52,7 @@ class Figure:
     count: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One line of the table: what was measured, at which adapter strength, on how many images."""
 
@@ -94,10 +94,10 @@ def write_report(
     folder: Path, name: str, rows: Sequence[Row], protocol: Mapping[str, Any], metrics: Sequence[Metric]
 ) -> Path:
     """Write `folder`/`name`.json, .csv and .md; returns the last."""
-    told = json.dumps({"protocol": protocol, "rows": [asdict(row) for row in rows]}, indent=2, ensure_ascii=False)
+    meanings = json.dumps({"protocol": protocol, "rows": [asdict(row) for row in rows]}, indent=2, ensure_ascii=False)
     pinned = "\n".join(f"* {line}" for line in protocol_lines(protocol))
     texts = {
-        ".json": told + "\n",
+        ".json": meanings + "\n",
         ".csv": comma_separated(rows, metrics),
         ".md": f"{markdown(rows, metrics)}\n{pinned}\n",
     }
@@ -109,9 +109,9 @@ def write_report(
 
 def read_report(path: Path) -> tuple[list[Row], dict[str, Any]]:
     """Rows and protocol of a JSON file that `write_report` wrote."""
-    told = json.loads(path.read_text(encoding="utf-8"))
-    rows = [Row(**row | {"figures": {k: Figure(**v) for k, v in row["figures"].items()}}) for row in told["rows"]]
-    return rows, told["protocol"]
+    meanings = json.loads(path.read_text(encoding="utf-8"))
+    rows = [Row(**row | {"figures": {k: Figure(**v) for k, v in row["figures"].items()}}) for row in meanings["rows"]]
+    return rows, meanings["protocol"]
 
 
 def mean_row(name: str, rows: Sequence[Row]) -> Row:
@@ -126,8 +126,8 @@ def mean_row(name: str, rows: Sequence[Row]) -> Row:
         half = math.nan
         if len(values) > 1:
             half = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-        figures[column] = Figure(mean, mean - half, mean + half, len(values))
-    return Row(name, rows[0].strength, sum(row.images for row in rows), figures)
+        figures[column] = Figure(value=mean, low=mean - half, high=mean + half, count=len(values))
+    return Row(name=name, strength=rows[0].strength, images=sum(row.images for row in rows), figures=figures)
 
 
 def protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
@@ -172,5 +172,5 @@ def figure_table(rows: Sequence[tuple[str, Mapping[str, float]]], metrics: Seque
     for what, figures in rows:
         cells = [f"{figures[column.name]:.3f}" if column.name in figures else "" for column in columns]
         lines.append(f"| {what} | " + " | ".join(cells) + " |")
-    told = dict.fromkeys(column.meaning for column in columns)
-    return "\n".join([*lines, "", "; ".join(told) + "."])
+    meanings = dict.fromkeys(column.meaning for column in columns)
+    return "\n".join([*lines, "", "; ".join(meanings) + "."])

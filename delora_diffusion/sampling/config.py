@@ -20,7 +20,7 @@ SCHEDULERS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DrawingConfig:
     """How images are drawn."""
 
@@ -50,7 +50,7 @@ class DrawingConfig:
         at_least(self, 1, "num_inference_steps", "batch_size")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """Batch sampling."""
 

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -14,6 +14,9 @@ from PIL import Image
 from ..base.objective import FlowMatching, objective_of
 from ..families import Conditioning, FamilyError, family_of, placed, stack_conditioning
 from .config import SCHEDULERS
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 #: The samplers of `config.SCHEDULERS` that there are for flow matching, and diffusers' classes.
 _FLOW_SCHEDULERS = {
@@ -24,7 +27,7 @@ _FLOW_SCHEDULERS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prompts:
     """Prompts, and the negative one of all of them, as text or encoded.
 
@@ -47,7 +50,7 @@ class Prompts:
             self, texts=[self.texts[k] for k in places], encoded=[self.encoded[k] for k in places if self.encoded]
         )
 
-    def conditioning(self, pipe: Any) -> tuple[Conditioning, Conditioning | None]:
+    def conditioning(self, pipe: DiffusionPipeline) -> tuple[Conditioning, Conditioning | None]:
         """One batch of the prompts, and the conditioning of the negative one.
 
         Raises:
@@ -61,7 +64,7 @@ class Prompts:
 
 @torch.no_grad()
 def generate(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     prompts: Prompts,
     seeds: Sequence[int],
     *,
@@ -101,7 +104,7 @@ def generate(
     return images
 
 
-def set_sampler(pipe: Any, name: str) -> None:
+def set_sampler(pipe: DiffusionPipeline, name: str) -> None:
     """Let a pipeline draw with another sampler, one of `config.SCHEDULERS`, on the noise schedule it has.
 
     Raises:
@@ -120,9 +123,9 @@ def set_sampler(pipe: Any, name: str) -> None:
             f"{', '.join(family.flow_samplers)}, or leave it out"
         )
     shift = config.get("shift") or config.get("flow_shift") or 1.0
-    told = {"shift": shift, "flow_shift": shift, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    flow = {"shift": shift, "flow_shift": shift, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
     known = inspect.signature(kind := getattr(diffusers, _FLOW_SCHEDULERS[name])).parameters
-    pipe.scheduler = kind.from_config(config, **{key: value for key, value in told.items() if key in known})
+    pipe.scheduler = kind.from_config(config, **{key: value for key, value in flow.items() if key in known})
 
 
 @contextlib.contextmanager
@@ -142,7 +145,7 @@ def _own_precision(vae: Any, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet(pipe: Any) -> Iterator[None]:
+def quiet(pipe: DiffusionPipeline) -> Iterator[None]:
     """Without the pipeline's own progress bar."""
     before = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**before, "disable": True})

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 @contextlib.contextmanager
-def components_on(pipe: Any, device: torch.device, *, offload: bool) -> Iterator[None]:
+def components_on(pipe: DiffusionPipeline, device: torch.device, *, offload: bool) -> Iterator[None]:
     """The whole pipeline on `device`, where it stays; with `offload`, `in_turn`."""
     if not offload:
         pipe.to(device)
@@ -20,7 +23,7 @@ def components_on(pipe: Any, device: torch.device, *, offload: bool) -> Iterator
 
 
 @contextlib.contextmanager
-def in_turn(pipe: Any, device: torch.device, *, staying: Sequence[nn.Module] = ()) -> Iterator[None]:
+def in_turn(pipe: DiffusionPipeline, device: torch.device, *, staying: Sequence[nn.Module] = ()) -> Iterator[None]:
     """Draw with less memory: components wait in the CPU's memory and come to `device` for their turn, one at a time.
 
     Like diffusers' `enable_model_cpu_offload`, but for a while, with components that stay, and with all others sent

@@ -49,12 +49,12 @@ class Job:
     @property
     def file(self) -> str:
         """File name: readable, and unique to the settings."""
-        told = json.dumps(self.settings, sort_keys=True)
+        info = json.dumps(self.settings, sort_keys=True)
         slug = re.sub(r"[^a-z0-9]+", "-", self.settings["prompt"].lower()).strip("-")[:48] or "image"
-        return f"{slug}_{self.settings['seed']}_{hashlib.sha256(told.encode()).hexdigest()[:10]}.png"
+        return f"{slug}_{self.settings['seed']}_{hashlib.sha256(info.encode()).hexdigest()[:10]}.png"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What is to be drawn, and with what."""
 
@@ -118,10 +118,15 @@ def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
     half = "fp32" if cpu or drawing.dtype != "auto" else half_precision(base, drawing.single_file_config)
     precision = half if drawing.dtype == "auto" else drawing.dtype
     shared = {
-        "negative_prompt": drawing.negative_prompt, "base": base, "scheduler": drawing.scheduler, "dtype": precision,
-        "num_inference_steps": drawing.num_inference_steps, "guidance_scale": drawing.guidance_scale,
-        "height": drawing.height, "width": drawing.width,
-    } | ({"single_file_config": drawing.single_file_config} if drawing.single_file_config else {})  # fmt: skip
+        "negative_prompt": drawing.negative_prompt,
+        "base": base,
+        "scheduler": drawing.scheduler,
+        "dtype": precision,
+        "num_inference_steps": drawing.num_inference_steps,
+        "guidance_scale": drawing.guidance_scale,
+        "height": drawing.height,
+        "width": drawing.width,
+    } | ({"single_file_config": drawing.single_file_config} if drawing.single_file_config else {})
     hashes = [adapter_hash(adapter) for adapter in adapters]
     sources: list[int | None] = list(range(len(adapters))) or [None]
     prompts = read_prompts(config.prompts, config.prompts_file, option="prompts_file")
@@ -130,15 +135,15 @@ def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
     for prompt, number, strength, seed, repeat in itertools.product(
         prompts, sources, drawing.strengths, drawing.seeds, repeats
     ):
-        own = {
+        varied_settings = {
             "prompt": prompt,
             "seed": derived_seed(seed, repeat) if repeat else seed,
             "strength": strength if number is not None else None,
             "adapter": config.adapter[number] if number is not None else None,
             "adapter_hash": hashes[number] if number is not None else None,
         }
-        jobs.append(Job(own | shared, number))
-    return Plan(adapters, base, precision, jobs)
+        jobs.append(Job(varied_settings | shared, number))
+    return Plan(adapters=adapters, base=base, precision=precision, jobs=jobs)
 
 
 def write_manifest(out: Path, jobs: Sequence[Job]) -> None:
@@ -179,7 +184,11 @@ def _opened(path: Path, side: int) -> Image.Image:
 def _draw_missing(
     out: Path, drawing: DrawingConfig, missing: Sequence[Job], planned: Plan, device: Any, state: Any
 ) -> None:
-    base = ModelConfig(planned.base, drawing.single_file_config, base_dtype=planned.precision)
+    base = ModelConfig(
+        pretrained_model_name_or_path=planned.base,
+        single_file_config=drawing.single_file_config,
+        base_dtype=planned.precision,
+    )
     pipe = load_base(base, precision="no")
     if drawing.scheduler:
         set_sampler(pipe, drawing.scheduler)
@@ -192,17 +201,21 @@ def _draw_missing(
         for batch in batches:
             if batch[0].adapter is not None:
                 set_adapters(pipe, f"adapter_{batch[0].adapter}", batch[0].settings["strength"])
-            prompts = Prompts([job.settings["prompt"] for job in batch], drawing.negative_prompt)
+            prompts = Prompts(texts=[job.settings["prompt"] for job in batch], negative=drawing.negative_prompt)
             seeds = [job.settings["seed"] for job in batch]
             images = generate(
-                pipe, prompts, seeds, num_inference_steps=drawing.num_inference_steps,
-                guidance_scale=drawing.guidance_scale, **sizes,
-            )  # fmt: skip
+                pipe,
+                prompts,
+                seeds,
+                num_inference_steps=drawing.num_inference_steps,
+                guidance_scale=drawing.guidance_scale,
+                **sizes,
+            )
             for job, image in zip(batch, images, strict=True):
-                told = PngInfo()
-                told.add_text("delora", json.dumps(job.settings))
+                info = PngInfo()
+                info.add_text("delora", json.dumps(job.settings))
                 with complete_file(out / job.file) as aside:
-                    image.save(aside, pnginfo=told)
+                    image.save(aside, pnginfo=info)
             bar.update(len(batch))
 
 

@@ -19,7 +19,7 @@ from ..atomic import complete_folder
 from ..data.encode import fingerprint
 from ..data.photos import find_images
 from ..evaluation.choose import best_preview
-from ..evaluation.scores import Scorer, load_scorer, preview_figures, with_photos
+from ..evaluation.scorer import Scorer, load_scorer, preview_figures, with_photos
 from ..options import options_with
 from ..run_folder import RunFolder
 from .config import ValidationConfig
@@ -58,28 +58,28 @@ class Best:
         prompts = [prompt for prompt, row in zip(self.prompts, rows, strict=True) for _ in row]
         figures = preview_figures(self.scorer, images, prompts, unrelated=unrelated, base=self.base)
         if self.rule == "none":
-            return PreviewResult(figures, protocol=self.protocol)
+            return PreviewResult(figures=figures, protocol=self.protocol)
         history = figures_by_step(read_log(RunFolder(self.folder).log), protocol=self.protocol)
         now = best_preview(history | {step: figures}, self.rule)
         if now is None:
-            return PreviewResult(figures, protocol=self.protocol)
+            return PreviewResult(figures=figures, protocol=self.protocol)
         kept = now.step == step
         if kept:
             self._keep(step, figures, now.score)
         enough = self.patience is not None and now.since >= self.patience
         if enough:
             log.info("%d previews in a row were no better than step %d: training ends here", now.since, now.step)
-        return PreviewResult(figures, enough, self.protocol, kept)
+        return PreviewResult(figures=figures, enough=enough, protocol=self.protocol, kept=kept)
 
     def _keep(self, step: int, figures: Mapping[str, float], score: float) -> None:
-        told = {"step": step, "rule": self.rule, "score": round(score, 6), **figures}
+        summary = {"step": step, "rule": self.rule, "score": round(score, 6), **figures}
         with complete_folder(RunFolder(self.folder).best) as aside:
             self.save(aside, step)
-            (aside / SUMMARY).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            (aside / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
-def preview_scorer(config: ValidationConfig, photos: Sequence[Path]) -> Scorer:
-    """The encoders that the options name, on the CPU: the device is the training's, and they see few pictures.
+def preview_scorer(config: ValidationConfig, photos: Sequence[Path]) -> Scorer | None:
+    """The encoders that the options name, if any, on the CPU: the device is the training's, and they see few pictures.
 
     Args:
         photos: what the subject is taught from.
@@ -88,6 +88,8 @@ def preview_scorer(config: ValidationConfig, photos: Sequence[Path]) -> Scorer:
         EncoderError: one cannot be loaded, or is of the other kind.
         DataError: no photos in `validation_holdout_dir`, or one that cannot be read.
     """
+    if not config.validation_dino and not config.validation_clip:
+        return None
     folder = config.validation_holdout_dir
     holdout = find_images(Path(folder), option="validation_holdout_dir") if folder else []
     scorer = load_scorer(
@@ -112,5 +114,5 @@ def preview_protocol(scorer: Scorer, config: ValidationConfig) -> str:
 def read_best(folder: Path) -> dict[str, Any] | None:
     """What `best/` of a run holds: step, rule, score and figures; None if there is none."""
     path = RunFolder(folder).best / SUMMARY
-    told: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return told
+    summary: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return summary

@@ -95,8 +95,11 @@ def check_continues(folder: Path, then: Progress, now: Progress) -> None:
     """
     free = options_with(*GROUPS, resume="free")
     before, after = then.options | then.identity, now.options | now.identity
-    changed = [f"{k} was {before.get(k)!r} and is {after.get(k)!r}" for k in after
-               if k not in free and before.get(k) != after.get(k)]  # fmt: skip
+    changed = [
+        f"{k} was {before.get(k)!r} and is {after.get(k)!r}"
+        for k in after
+        if k not in free and before.get(k) != after.get(k)
+    ]
     if changed:
         raise CheckpointError(
             f"{folder} belongs to another run: {'; '.join(changed)}; set these back, or start afresh without "

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..atomic import complete_file
 from ..data.photos import IMAGE_SUFFIXES
 from ..sampling.generate import Prompts, generate, quiet
 from ..seeds import derived_seed
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 #: Class images drawn at once
 CLASS_BATCH = 4
 
 
 def fill_class_folder(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     folder: Path,
     prompt: Prompts,
     count: int,

@@ -1,27 +1,28 @@
 """Every option of the trainer, one frozen dataclass per concern.
 
 Names are those of diffusers' DreamBooth scripts where the meaning is the same. `options.py` turns these into flags,
-YAML keys and the README's table.
+YAML keys and the table of options.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from ..base.config import PRECISIONS, ModelConfig
 from ..base.objective import TIMESTEP_SAMPLINGS
 from ..data.config import DataConfig
 from ..data.prompts import UNRELATED_PROMPTS, has_token
 from ..method.config import BIAS_CHOICES, INIT_CHOICES
-from ..options import OptionError, at_least, option
+from ..options import OptionError, at_least, option, to_yaml
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-#: How the best adapter of a run is chosen, see `watch.score_of`.
+#: How the best adapter of a run is chosen, see `evaluation.choose.score_of`.
 KEEP_BEST = ("none", "fidelity", "balanced")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """The adapter."""
 
@@ -34,9 +35,7 @@ class AdapterConfig:
     )
     init_weights: str = option("zero", "start of A and B", choices=INIT_CHOICES)
     lambda_warmup_steps: int | None = option(
-        None,
-        "ramp the strength linearly from 0 over this many steps; unset: half of max_train_steps",
-        resume="free",
+        None, "ramp the strength linearly from 0 over this many steps; unset: half of max_train_steps", resume="free"
     )
     module_dropout: float = option(0.0, "dropout on the adapters' inputs")
     target_modules: str | list[str] | None = option(
@@ -51,7 +50,7 @@ class AdapterConfig:
     text_encoder_lambda: float | None = option(None, "lambda there; unset: as for the denoiser")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Training."""
 
@@ -63,9 +62,7 @@ class TrainingConfig:
     gradient_accumulation_steps: int = option(1, "batches per optimiser step", resume="free")
     gradient_checkpointing: bool = option(False, "less memory for a fifth more time", resume="free")
     estimate_memory: bool | None = option(
-        None,
-        "say first what every phase will take of the device's memory; unset: where there is a GPU",
-        resume="free",
+        None, "say first what every phase will take of the device's memory; unset: where there is a GPU", resume="free"
     )
     mixed_precision: str | None = option(None, "autocast; unset: as accelerate is set up", choices=PRECISIONS)
     optimizer: str = option("adamw", "optimiser", choices=OPTIMIZERS)
@@ -83,9 +80,10 @@ class TrainingConfig:
     lr_warmup_steps: int = option(0, "steps of learning-rate warm-up")
     snr_gamma: float | None = option(None, "min-SNR weighting of the loss with this gamma (5 is usual)")
     timestep_sampling: str | None = option(
-        None, "how noise levels are drawn; unset: logit_normal for flow matching, else uniform",
+        None,
+        "how noise levels are drawn; unset: logit_normal for flow matching, else uniform",
         choices=TIMESTEP_SAMPLINGS,
-    )  # fmt: skip
+    )
     logit_mean: float = option(0.0, "mean of logit_normal; above 0 is more noise, as in the SD3 paper")
     logit_std: float = option(1.0, "standard deviation of logit_normal")
     mode_scale: float = option(1.29, "how much more often mode draws middle noise levels")
@@ -104,9 +102,7 @@ class TrainingConfig:
         None, "name of the repository there; unset: the name of output_dir", resume="free"
     )
     portable_lora: bool = option(
-        True,
-        "also write the result as a LoRA, so that pipe.load_lora_weights(output_dir) works",
-        resume="free",
+        True, "also write the result as a LoRA, so that pipe.load_lora_weights(output_dir) works", resume="free"
     )
 
     def __post_init__(self) -> None:
@@ -129,14 +125,12 @@ class TrainingConfig:
             raise OptionError(f"logit_std is {self.logit_std}; it must be positive (1 is usual)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
     """Previews, and what is measured on them."""
 
     validation_prompt: list[str] = option(
-        [],
-        "prompts of the previews; none: no previews; a .txt file stands for its lines",
-        resume="free",
+        [], "prompts of the previews; none: no previews; a .txt file stands for its lines", resume="free"
     )
     validation_steps: int = option(
         100,
@@ -149,9 +143,7 @@ class ValidationConfig:
         None, "guidance of the previews; unset: usual for the base", resume="free"
     )
     validation_num_inference_steps: int | None = option(
-        None,
-        "sampling steps of the previews; unset: usual for the base",
-        resume="free",
+        None, "sampling steps of the previews; unset: usual for the base", resume="free"
     )
     validation_negative_prompt: str | None = option(None, "negative prompt of the previews", resume="free")
     validation_dino: str | None = option(
@@ -198,9 +190,12 @@ class ValidationConfig:
         figures="free",
     )
     enable_model_cpu_offload: bool = option(
-        False, "previews and class images with less memory: what waits for its turn is in the CPU's, one picture is "
-        "decoded at a time", resume="free", figures="free",
-    )  # fmt: skip
+        False,
+        "previews and class images with less memory: what waits for its turn is in the CPU's, one picture is "
+        "decoded at a time",
+        resume="free",
+        figures="free",
+    )
 
     def __post_init__(self) -> None:
         at_least(self, 1, "validation_steps", "num_validation_images", "validation_num_inference_steps")
@@ -245,3 +240,24 @@ class ValidationConfig:
 
 #: The groups of options of the trainer, as the command line takes them.
 GROUPS = (ModelConfig, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Everything a training run was asked for."""
+
+    model: ModelConfig
+    adapter: AdapterConfig
+    data: DataConfig
+    training: TrainingConfig
+    validation: ValidationConfig
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by its name."""
+        groups = (self.model, self.adapter, self.data, self.training, self.validation)
+        return {name: value for group in groups for name, value in asdict(group).items()}
+
+    def to_yaml(self) -> str:
+        """A file that repeats the run from its start."""
+        again = replace(self.training, resume_from_checkpoint=None, overwrite_output_dir=False)
+        return to_yaml(self.model, self.adapter, self.data, again, self.validation)

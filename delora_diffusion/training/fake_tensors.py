@@ -95,8 +95,8 @@ def fake_weights(module: nn.Module, dtype: torch.dtype, *, like_cuda: bool = Fal
             child.register_forward_pre_hook(_in_fp32)
         for key, parameter in child._parameters.items():
             if parameter is not None:
-                made = nn.Parameter(fake(parameter, name), requires_grad=parameter.requires_grad)
-                child._parameters[key] = made
+                faked_parameter = nn.Parameter(fake(parameter, name), requires_grad=parameter.requires_grad)
+                child._parameters[key] = faked_parameter
         for key, buffer in child._buffers.items():
             if buffer is not None:
                 child._buffers[key] = fake(buffer, name)

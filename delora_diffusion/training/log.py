@@ -5,16 +5,18 @@ A line of the loss has the key "loss"; a line of a preview has the figures measu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from ..atomic import complete_file
 from ..evaluation.scores import METRIC, METRICS
@@ -26,7 +28,7 @@ LOG_STEPS = 10
 BLOCKS_OF_A_KIND = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreviewResult:
     """What came of a preview: figures by name (none without encoders), whether it was one too many, and whether its
     adapter was kept as the best yet.
@@ -41,56 +43,96 @@ class PreviewResult:
 
 
 class TrainingLog:
-    """The log of a run: one JSON line every `LOG_STEPS` steps and every preview; a resumed run drops what comes after
-    its start, and the preview of the start, which is looked at again.
+    """The log of a run: one JSON line every `LOG_STEPS` steps and every preview, and the progress bar. A resumed run
+    drops what comes after its start, and the preview of the start, which is looked at again.
 
     `fresh` is the line that was just written, or empty.
     """
 
-    def __init__(self, path: Path, start: int) -> None:
-        kept = [line for line in read_log(path) if line["step"] < start + ("loss" in line)] if start else []
-        with complete_file(path) as aside:
-            aside.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
-        self.path, self.since = path, time.perf_counter()
+    def __init__(
+        self,
+        path: Path | None,
+        start: int = 0,
+        *,
+        total: int | None = None,
+        track: Callable[[Mapping[str, Any], int], None] | None = None,
+    ) -> None:
+        """Begin at step `start`.
+
+        Args:
+            path: the file; None on processes that keep no log.
+            total: steps of the run, for the bar; None for no bar.
+            track: is told every line, and its step.
+        """
+        self.path, self.track, self.since = path, track, time.perf_counter()
         self.losses: list[float] = []
         self.fresh: dict[str, Any] = {}
         self.shown: dict[str, str] = {}
+        self.bar = tqdm(total=total, initial=start, desc="train", disable=path is None or total is None)
+        if path is not None:
+            kept = [line for line in read_log(path) if line["step"] < start + ("loss" in line)] if start else []
+            with complete_file(path) as aside:
+                aside.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
 
-    def add(self, step: int, loss: float, rates: list[float], denoiser: nn.Module, *, last: bool) -> dict[str, str]:
-        """Note a step; returns what the progress bar shows: loss and mean |dW|/|W|, averaged over the interval."""
+    def add(self, step: int, loss: float, rates: list[float], denoiser: nn.Module, *, last: bool) -> None:
+        """Note a step; every so many, the means of loss and |dW|/|W| since the line before."""
+        if self.path is None:
+            return
         self.losses.append(loss)
         self.fresh = {}
-        if step % LOG_STEPS == 0 or last or step == 1:
+        shown = {}
+        if due(step, LOG_STEPS) or last or step == 1:
             norms, lambdas = update_norms(denoiser), current_lambdas(denoiser)
             mean_loss, mean_norm = _mean(self.losses), _mean(norms.values())
             pace = (time.perf_counter() - self.since) / len(self.losses)
-            self._write({
-                "step": step, "loss": round(mean_loss, 6), "update_norm": round(mean_norm, 6),
-                "learning_rate": rates[0], "seconds_per_step": round(pace, 4),
-                **_by_block("update_norm", norms), **_by_block("lambda", lambdas),
-            })  # fmt: skip
+            line = {
+                "step": step,
+                "loss": round(mean_loss, 6),
+                "update_norm": round(mean_norm, 6),
+                "learning_rate": rates[0],
+                "seconds_per_step": round(pace, 4),
+                **_by_block("update_norm", norms),
+                **_by_block("lambda", lambdas),
+            }
+            self._write(line, line)
             self.losses, self.since = [], time.perf_counter()
-            self.shown |= {"loss": f"{mean_loss:.4f}", "|dW|/|W|": f"{mean_norm:.4f}"}
-        return self.shown
+            shown = {"loss": f"{mean_loss:.4f}", "|dW|/|W|": f"{mean_norm:.4f}"}
+        self._show(shown)
+        self.bar.update()
 
-    def paused(self, seconds: float) -> None:
-        """Leave out of the pace of training what a preview took."""
-        self.since += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the pace of training what a preview takes."""
+        started = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - started
 
-    def measured(self, step: int, result: PreviewResult) -> dict[str, str]:
-        """Note what was measured on a preview, also for the eye; returns what the progress bar shows."""
-        self._write({"step": step, **result.figures, "protocol": result.protocol})
-        told = ", ".join(f"{METRIC[name].in_a_row} {value:.3f}" for name, value in result.figures.items())
-        log.info("step %d: %s%s", step, told, "; the best yet, kept in best/" if result.kept else "")
-        self.shown |= {
-            m.title: f"{result.figures[m.name]:.3f}" for m in METRICS if m.brief and m.name in result.figures
-        }
-        return self.shown
+    def measured(self, step: int, result: PreviewResult) -> None:
+        """Note what was measured on a preview, also for the eye."""
+        figures = result.figures
+        if self.path is None or not figures:
+            return
+        self._write({"step": step, **figures, "protocol": result.protocol}, figures)
+        text = ", ".join(f"{METRIC[name].in_a_row} {value:.3f}" for name, value in figures.items())
+        log.info("step %d: %s%s", step, text, "; the best yet, kept in best/" if result.kept else "")
+        self._show({m.title: f"{figures[m.name]:.3f}" for m in METRICS if m.brief and m.name in figures})
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _show(self, more: dict[str, str]) -> None:
+        self.shown |= more
+        self.bar.set_postfix(self.shown)
+
+    def _write(self, line: dict[str, Any], tracked: Mapping[str, Any]) -> None:
+        assert self.path is not None
         self.fresh = line
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if self.track is not None:
+            self.track(tracked, line["step"])
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that is done every so many steps is to be done at this one; never with 0."""
+    return every > 0 and step % every == 0
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -10,21 +10,24 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..base.config import ModelConfig
 from ..base.latents import denormalise, posterior
 from ..base.load import DTYPE, base_dtype, listed_in, outline
-from ..data.config import DataConfig
 from ..families import Conditioning, Family, Setting, placed, stack_conditioning
 from ..method.config import DeloraConfig
 from ..method.inject import inject_delora
+from .adapt import text_encoder_config
+from .check import Checked
 from .class_images import CLASS_BATCH
-from .config import TrainingConfig, ValidationConfig
+from .config import Options
 from .fake_tensors import fake_weights, faked, peak_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 GIB = 2**30
@@ -46,14 +49,11 @@ class Phase:
         return sum(self.parts.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything a run's memory depends on."""
 
-    model: ModelConfig
-    data: DataConfig
-    training: TrainingConfig
-    validation: ValidationConfig
+    options: Options
     family: Family
     adapter: DeloraConfig
     text_adapter: DeloraConfig | None  # None: text encoders are not trained
@@ -62,7 +62,21 @@ class Plan:
 
     @property
     def dtype(self) -> torch.dtype:
-        return base_dtype(self.model, precision=self.precision)
+        return base_dtype(self.options.model, precision=self.precision)
+
+
+def plan_of(checked: Checked, accelerator: Accelerator) -> Plan:
+    """What a run's memory depends on, of a run that was checked."""
+    options = checked.options
+    text = text_encoder_config(options.adapter, []) if options.adapter.train_text_encoder else None
+    return Plan(
+        options=options,
+        family=checked.family,
+        adapter=checked.config,
+        text_adapter=text,
+        precision=accelerator.mixed_precision,
+        like_cuda=accelerator.device.type == "cuda",
+    )
 
 
 def estimate(plan: Plan) -> list[Phase]:
@@ -77,12 +91,12 @@ def estimate(plan: Plan) -> list[Phase]:
     Raises:
         BaseModelError: a config.json that cannot be read.
     """
-    data, training, shown = plan.data, plan.training, plan.validation
+    data, training, shown = plan.options.data, plan.options.training, plan.options.validation
     offload = shown.enable_model_cpu_offload
-    texts = [name for name in plan.family.text_encoders if any(listed_in(plan.model).get(name) or ())]
-    text = {name: outline(plan.model, name) for name in texts}
+    texts = [name for name in plan.family.text_encoders if any(listed_in(plan.options.model).get(name) or ())]
+    text = {name: outline(plan.options.model, name) for name in texts}
     text_weights = sum(size_of(module, plan.dtype) for module in text.values())
-    vae, denoiser = outline(plan.model, "vae"), outline(plan.model, plan.family.denoiser)
+    vae, denoiser = outline(plan.options.model, "vae"), outline(plan.options.model, plan.family.denoiser)
     vae_weights, weights = size_of(vae, torch.float32), size_of(denoiser, plan.dtype)
     latents, encoding = _encoding(plan, vae)
     phases = [
@@ -106,8 +120,8 @@ def estimate(plan: Plan) -> list[Phase]:
         for module in text.values():
             more = _adapters(module, plan.text_adapter)
             trained, adapters = trained + more[0], adapters + more[1]
-    state = trained * (STATE[training.optimizer] + 4 * training.use_ema)
-    kept = {"denoiser": weights, "adapters": adapters, "optimiser": state}
+    kept = {"denoiser": weights, "adapters": adapters}
+    kept["optimiser"] = trained * (STATE[training.optimizer] + 4 * training.use_ema)
     summed = {"gradients": 4 * trained} if training.gradient_accumulation_steps > 1 else {}
     if plan.text_adapter is not None:
         kept["text encoders"] = text_weights
@@ -120,11 +134,11 @@ def estimate(plan: Plan) -> list[Phase]:
 
 def size_of(module: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of a module's weights when they are `dtype`; buffers that no file holds keep their own precision."""
-    made = {id(part._buffers[key]) for part in module.modules() for key in part._non_persistent_buffers_set}
-    own = [t for t in module.buffers() if id(t) in made or not t.is_floating_point()]
-    kept = {id(t) for t in own}
+    transient = {id(part._buffers[key]) for part in module.modules() for key in part._non_persistent_buffers_set}
+    kept_own = [t for t in module.buffers() if id(t) in transient or not t.is_floating_point()]
+    kept = {id(t) for t in kept_own}
     rest = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in kept]
-    return sum(t.numel() * t.itemsize for t in own) + sum(t.numel() for t in rest) * dtype.itemsize
+    return sum(t.numel() * t.itemsize for t in kept_own) + sum(t.numel() for t in rest) * dtype.itemsize
 
 
 # ---- what is done, on fake tensors -----------------------------------------------------------------
@@ -132,7 +146,7 @@ def size_of(module: nn.Module, dtype: torch.dtype) -> int:
 
 def _encoding(plan: Plan, vae: nn.Module) -> tuple[tuple[int, ...], int]:
     """Shape of a photo's latents (1, C, h, w), and what encoding it has alive."""
-    side, shapes = plan.data.resolution, []
+    side, shapes = plan.options.data.resolution, []
     with faked():
         fake = fake_weights(vae, torch.float32)
         work = peak_of(lambda: shapes.append(posterior(fake, torch.zeros(1, 3, side, side))[0].shape), fake)
@@ -141,22 +155,22 @@ def _encoding(plan: Plan, vae: nn.Module) -> tuple[tuple[int, ...], int]:
 
 def _decoding(plan: Plan, latents: tuple[int, ...], count: int) -> int:
     with faked(), torch.no_grad():
-        vae: Any = fake_weights(outline(plan.model, "vae"), torch.float32)
+        vae: Any = fake_weights(outline(plan.options.model, "vae"), torch.float32)
         return peak_of(lambda: vae.decode(denormalise(vae, torch.zeros(count, *latents[1:]))), vae)
 
 
 def _predicting(plan: Plan, latents: tuple[int, ...], count: int) -> int:
-    denoiser = outline(plan.model, plan.family.denoiser).eval()
+    denoiser = outline(plan.options.model, plan.family.denoiser).eval()
     with torch.no_grad():
         return _alive(plan, denoiser, latents, count, lambda prediction: None)
 
 
 def _step(plan: Plan, latents: tuple[int, ...], count: int) -> int:
     """What the forward and backward pass of a batch has alive: gradients are among it."""
-    denoiser: Any = outline(plan.model, plan.family.denoiser)
+    denoiser: Any = outline(plan.options.model, plan.family.denoiser)
     inject_delora(denoiser, plan.adapter)
     denoiser.train()
-    if plan.training.gradient_checkpointing:
+    if plan.options.training.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
 
     def learn(prediction: Tensor) -> None:
@@ -169,14 +183,14 @@ def _step(plan: Plan, latents: tuple[int, ...], count: int) -> int:
 def _alive(
     plan: Plan, denoiser: nn.Module, latents: tuple[int, ...], count: int, then: Callable[[Tensor], None]
 ) -> int:
-    side, guidance = plan.data.resolution, plan.training.guidance_scale
+    side, guidance = plan.options.data.resolution, plan.options.training.guidance_scale
     cond: Conditioning = stack_conditioning([plan.family.blank(denoiser)] * count)  # real: values of masks are asked
 
     def run() -> None:
         x_t, t = torch.zeros(count, *latents[1:], dtype=plan.dtype), torch.full([count], 500.0)
         with torch.autocast("cpu", DTYPE[plan.precision]) if plan.precision != "no" else contextlib.nullcontext():
-            told = placed(cond, torch.device("cpu"), plan.dtype)
-            prediction = plan.family.predict(denoiser, x_t, t, told, Setting(side, side, guidance))
+            placed_cond = placed(cond, torch.device("cpu"), plan.dtype)
+            prediction = plan.family.predict(denoiser, x_t, t, placed_cond, Setting(side, side, guidance))
         then(prediction)
 
     with faked():
@@ -221,15 +235,15 @@ def warning(plan: Plan, phases: Sequence[Phase], *, free: int) -> str | None:
     tight = [phase for phase in phases if phase.total * OVERHEAD > free]
     if not tight:
         return None
-    told = [f"{p.name} need about {_gib(p.total * OVERHEAD)}: {', '.join(advice(plan, p))}" for p in tight]
-    return f"the device has {_gib(free)} free, which may be too little: " + "; ".join(told)
+    lines = [f"{p.name} need about {_gib(p.total * OVERHEAD)}: {', '.join(advice(plan, p))}" for p in tight]
+    return f"the device has {_gib(free)} free, which may be too little: " + "; ".join(lines)
 
 
 def advice(plan: Plan, phase: Phase) -> list[str]:
     """Options that make a phase smaller and are not chosen yet, the most effective first."""
-    training, shown = plan.training, plan.validation
+    training, shown = plan.options.training, plan.options.validation
     half = ["base_dtype bf16"] if plan.dtype == torch.float32 else []
-    smaller = [f"a resolution below {plan.data.resolution}"]
+    smaller = [f"a resolution below {plan.options.data.resolution}"]
     by_phase = {
         "encoding photos": smaller,
         "encoding prompts": [*half, "a base with smaller text encoders"],

@@ -42,12 +42,12 @@ def make_optimizer(modules: Mapping[str, nn.Module], training: TrainingConfig) -
     lambdas: list[nn.Parameter] = []
     groups: list[dict[str, Any]] = []
     for number, module in enumerate(modules.values()):
-        own = [child.delora_lambda for child in module.modules() if isinstance(child, DeloraAdapter)]
+        strengths = [child.delora_lambda for child in module.modules() if isinstance(child, DeloraAdapter)]
         if training.lambda_learning_rate == 0:
-            for parameter in own:
+            for parameter in strengths:
                 parameter.requires_grad_(False)
-        lambdas += [p for p in own if p.requires_grad]
-        known = {id(p) for p in own}
+        lambdas += [p for p in strengths if p.requires_grad]
+        known = {id(p) for p in strengths}
         rate = training.learning_rate if number == 0 or training.text_encoder_lr is None else training.text_encoder_lr
         groups.append(
             {"params": [p for p in module.parameters() if p.requires_grad and id(p) not in known], "lr": rate}

@@ -69,11 +69,11 @@ def plot_run(folder: Path, *, best: int | None = None, photos: Mapping[str, floa
 def curves_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """{panel: {curve: [(step, value)]}} of a log; panels and curves without a value are left out."""
     steps = [line for line in lines if "loss" in line]
-    looks = figures_by_step(lines)
+    previews = figures_by_step(lines)
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {"": [(x["step"], x["loss"]) for x in steps]}}
     for metric in METRICS:
         if metric.panel is not None:
-            points = [(step, told[metric.name]) for step, told in looks.items() if metric.name in told]
+            points = [(step, figures[metric.name]) for step, figures in previews.items() if metric.name in figures]
             panels.setdefault(metric.panel, {})[metric.title] = points
     for title, prefix in (("|dW| / |W|", "update_norm/"), ("lambda, with its ramp", "lambda/")):
         blocks = dict.fromkeys(key for line in steps for key in line if key.startswith(prefix))
@@ -85,7 +85,7 @@ def curves_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tu
     return {title: curves for title, curves in kept.items() if curves}
 
 
-def told_once(curves: Curves) -> dict[str, Sequence[tuple[int, float]]]:
+def merged(curves: Curves) -> dict[str, Sequence[tuple[int, float]]]:
     """The curves, those that are the same as one, under their names (two of them, where there are many)."""
     names: dict[tuple[tuple[int, float], ...], list[str]] = {}
     for name, points in curves.items():
@@ -98,9 +98,9 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _panel(axis: Any, title: str, curves: Curves, best: int | None, levels: Mapping[str, float]) -> None:
-    for name, points in told_once(curves).items():
-        few = "." if len(points) < 30 else None
-        (line,) = axis.plot(*zip(*points, strict=True), marker=few, linewidth=1.3, label=name)
+    for name, points in merged(curves).items():
+        marker = "." if len(points) < 30 else None
+        (line,) = axis.plot(*zip(*points, strict=True), marker=marker, linewidth=1.3, label=name)
         if name in levels:
             axis.axhline(levels[name], color=line.get_color(), linewidth=1, linestyle=":")
     if any(name in levels for name in curves):

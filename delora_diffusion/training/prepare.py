@@ -11,28 +11,34 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils.memory import clear_device_cache
 from tqdm import tqdm
 
 from ..base.config import ModelConfig
-from ..base.load import load_base, outline
+from ..base.load import load_base
 from ..base.single_file import is_single_file
 from ..data.buckets import bucket_sizes
 from ..data.config import DataConfig
 from ..data.encode import Cache, Encoded, cache_latents, cache_negative, cache_prompts, fingerprint
 from ..data.photos import IMAGE_SUFFIXES, Example, class_examples
-from ..families import Conditioning, Family, check_sizes
+from ..families import Conditioning, check_sizes
 from ..sampling.generate import Prompts
 from ..sampling.offload import components_on
+from .check import Checked
 from .class_images import fill_class_folder
-from .config import ValidationConfig
+from .config import Options
+from .loss import Examples
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import DiffusionPipeline
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Texts:
     """Prompts, encoded.
 
@@ -53,7 +59,7 @@ class Texts:
     of_class: Prompts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """The base model as training needs it, and everything that was encoded with it.
 
@@ -66,78 +72,86 @@ class Prepared:
         texts: prompts.
     """
 
-    pipe: Any
+    pipe: DiffusionPipeline
     identity: str
     classes: list[Example]
     latents: dict[str, Encoded]
     texts: Texts
 
 
-def begin(model: ModelConfig, family: Family, *, precision: str) -> Any:
-    """The base pipeline without weights: tokenizers, scheduler, and the denoiser's outline. One file is whole already.
-
-    Raises:
-        BaseModelError: nothing there, or not a pipeline.
-    """
-    if is_single_file(model.pretrained_model_name_or_path):
-        return load_base(model, precision=precision)
-    absent = dict.fromkeys(("vae", *family.text_encoders))
-    return load_base(model, precision=precision, given=absent | {family.denoiser: outline(model, family.denoiser)})
-
-
-def prepare(
-    pipe: Any,
-    family: Family,
-    *,
-    model: ModelConfig,
-    data: DataConfig,
-    validation: ValidationConfig,
-    instances: Sequence[Example],
-    train_text: bool,
-    seed: int,
-    accelerator: Any,
-) -> Prepared:
+def prepare(checked: Checked, accelerator: Accelerator) -> Prepared:
     """Read the base in stages; encode photos and prompts, and draw the class images that are missing.
-
-    Args:
-        pipe: from `begin`.
 
     Raises:
         BaseModelError, FamilyError, DataError: the base cannot be read, or not with these photos or this resolution.
     """
-    precision = accelerator.mixed_precision
+    options, family, seed = checked.options, checked.family, checked.options.training.seed
+    data, precision = options.data, accelerator.mixed_precision
     cache = Cache(Path(data.cache_dir) if data.cache_dir else None)
 
     # ---- the VAE: photos
-    pipe = _with(pipe, model, precision, read=["vae"])
+    pipe = _with(checked.pipe, options.model, precision, read=["vae"])
     check_sizes(pipe, [(data.resolution, data.resolution)], option="resolution")
     check_sizes(pipe, bucket_sizes(data.resolution, data.aspect_ratio_buckets), option="aspect_ratio_buckets")
     vae = fingerprint(pipe.vae)
-    latents = _encode_photos(cache, pipe.vae, instances, data, vae, accelerator)
+    latents = _encode_photos(cache, pipe.vae, checked.instances, vae, accelerator)
 
     # ---- the text encoders: prompts
-    captions = [e.caption for e in instances] + (_class_captions(data, seed=seed) if _prior(data) else [])
-    pipe = _with(pipe, model, precision, read=family.text_encoders)
-    texts = _encode_prompts(
-        cache, pipe, family, captions, data=data, validation=validation, train_text=train_text, accelerator=accelerator
-    )
+    captions = [e.caption for e in checked.instances] + (_class_captions(data, seed=seed) if _prior(data) else [])
+    pipe = _with(pipe, options.model, precision, read=family.text_encoders)
+    texts = _encode_prompts(cache, pipe, checked, captions, accelerator)
     clear_device_cache(garbage_collection=True)
 
     # ---- the denoiser: class images
-    pipe = _with(pipe, model, precision, read=[family.denoiser])
+    pipe = _with(pipe, options.model, precision, read=[family.denoiser])
     denoiser = getattr(pipe, family.denoiser)
     identity = fingerprint(fingerprint(denoiser), vae, texts.identity)
     if _prior(data):
-        _draw_classes(pipe, texts, data=data, validation=validation, seed=seed, accelerator=accelerator)
+        _draw_classes(pipe, texts, options, accelerator)
     classes = class_examples(data, seed=seed)
-    latents |= _encode_photos(cache, pipe.vae, classes, data, vae, accelerator)
-    if not validation.validation_prompt:
+    latents |= _encode_photos(cache, pipe.vae, classes, vae, accelerator)
+    if not options.validation.validation_prompt:
         pipe.vae = None
     denoiser.to(accelerator.device)
-    return Prepared(pipe, identity, classes, latents, texts)
+    return Prepared(pipe=pipe, identity=identity, classes=classes, latents=latents, texts=texts)
 
 
-def _with(pipe: Any, model: ModelConfig, precision: str, *, read: Sequence[str]) -> Any:
+def examples_of(checked: Checked, base: Prepared) -> Examples:
+    """What is trained on."""
+    return Examples(
+        instances=checked.instances,
+        classes=base.classes,
+        latents=base.latents,
+        conditioning=base.texts.conditioning,
+        encode=lambda captions: checked.family.encode_prompt(base.pipe, captions),
+        preserved=base.texts.preserved,
+        preservation_weight=checked.options.data.base_preservation_weight,
+        guidance=checked.options.training.guidance_scale,
+    )
+
+
+def content_of(checked: Checked, base: Prepared) -> dict[str, str]:
+    """What the run is trained on, by content: compared when it is continued."""
+    photos = sorted((e.content, e.caption) for e in [*checked.instances, *base.classes])
+    return {"base model": base.identity, "photos and captions": fingerprint(photos)}
+
+
+def provenance_of(checked: Checked, base: Prepared) -> dict[str, str]:
+    """What an adapter's file says of where it comes from."""
+    options, scheduler = checked.options, base.pipe.scheduler
+    return {
+        "base_model": options.model.pretrained_model_name_or_path,
+        "base_fingerprint": base.identity,
+        "family": checked.family.name,
+        "seed": str(options.training.seed),
+        "instance_prompt": options.data.instance_prompt or "",
+        "resolution": str(options.data.resolution),
+        "pipeline": type(base.pipe).__name__,
+        "prediction_type": str(scheduler.config.get("prediction_type", "")),
+    }
+
+
+def _with(pipe: DiffusionPipeline, model: ModelConfig, precision: str, *, read: Sequence[str]) -> Any:
     """The pipeline with further components read, and all others as they are."""
     if is_single_file(model.pretrained_model_name_or_path):
         return pipe
@@ -146,25 +160,28 @@ def _with(pipe: Any, model: ModelConfig, precision: str, *, read: Sequence[str])
 
 
 def _encode_photos(
-    cache: Cache, vae: Any, examples: Sequence[Example], data: DataConfig, identity: str, accelerator: Any
+    cache: Cache, vae: Any, examples: Sequence[Example], identity: str, accelerator: Accelerator
 ) -> dict[str, Encoded]:
     """The latents of photos, encoded on the device; afterwards the VAE is in the CPU's memory."""
     if not examples:
         return {}
     vae.to(accelerator.device)
     latents = cache_latents(
-        cache, vae, examples, identity=identity,
+        cache,
+        vae,
+        examples,
+        identity=identity,
         progress=lambda views: tqdm(views, desc="encode", disable=not accelerator.is_main_process),
-    )  # fmt: skip
+    )
     vae.to("cpu")
     return latents
 
 
 def _encode_prompts(
-    cache: Cache, pipe: Any, family: Family, captions: Sequence[str], *, data: DataConfig,
-    validation: ValidationConfig, train_text: bool, accelerator: Any,
-) -> Texts:  # fmt: skip
+    cache: Cache, pipe: DiffusionPipeline, checked: Checked, captions: Sequence[str], accelerator: Accelerator
+) -> Texts:
     """Encode every prompt on the device; then drop the encoders, unless they are trained."""
+    family, data, validation = checked.family, checked.options.data, checked.options.validation
     encoders = {name: module for name in family.text_encoders if (module := getattr(pipe, name, None)) is not None}
     for module in encoders.values():
         module.to(accelerator.device)
@@ -175,9 +192,17 @@ def _encode_prompts(
     preserved = cache_prompts(cache, pipe, family, kept, identity=identity)
     shown, world = validation.validation_prompt, validation.validation_world_prompt
     negative = validation.validation_negative_prompt
-    of_class = Prompts([data.class_prompt] if _prior(data) and data.class_prompt else [])
-    if train_text:
-        return Texts(weights, None, preserved, Prompts(shown, negative), Prompts(world, negative), of_class)
+    of_class = Prompts(texts=[data.class_prompt] if _prior(data) and data.class_prompt else [])
+    texts = Texts(
+        identity=weights,
+        conditioning=None,
+        preserved=preserved,
+        shown=Prompts(texts=shown, negative=negative),
+        unrelated=Prompts(texts=world, negative=negative),
+        of_class=of_class,
+    )
+    if checked.options.adapter.train_text_encoder:
+        return texts
     found = cache_prompts(cache, pipe, family, [*captions, *shown, *world], identity=identity) | preserved
     against = cache_negative(cache, pipe, family, negative, identity=identity) if shown else None
     if of_class.texts:
@@ -186,24 +211,33 @@ def _encode_prompts(
     for name in encoders:
         setattr(pipe, name, None)
     previews, elsewhere = (
-        Prompts(texts, negative, [found[text] for text in texts], against) for texts in (shown, world)
+        replace(some, encoded=[found[text] for text in some.texts], against=against)
+        for some in (texts.shown, texts.unrelated)
     )
-    return Texts(weights, found, preserved, previews, elsewhere, of_class)
+    return replace(texts, conditioning=found, shown=previews, unrelated=elsewhere, of_class=of_class)
 
 
-def _draw_classes(
-    pipe: Any, texts: Texts, *, data: DataConfig, validation: ValidationConfig, seed: int, accelerator: Any
-) -> None:
+def _draw_classes(pipe: DiffusionPipeline, texts: Texts, options: Options, accelerator: Accelerator) -> None:
     """Draw the class images that are missing, with the base."""
+    data, validation = options.data, options.validation
     folder, main = Path(str(data.class_data_dir)), accelerator.is_main_process
-    settings = {"guidance_scale": validation.validation_guidance_scale,
-                "num_inference_steps": validation.validation_num_inference_steps}  # fmt: skip
+    settings = {
+        "guidance_scale": validation.validation_guidance_scale,
+        "num_inference_steps": validation.validation_num_inference_steps,
+    }
     with components_on(pipe, accelerator.device, offload=validation.enable_model_cpu_offload):
         drawn = fill_class_folder(
-            pipe, folder, texts.of_class, data.num_class_images, size=data.resolution, seed=seed,
-            settings=settings, rank=accelerator.process_index, world=accelerator.num_processes,
+            pipe,
+            folder,
+            texts.of_class,
+            data.num_class_images,
+            size=data.resolution,
+            seed=options.training.seed,
+            settings=settings,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
             progress=lambda batches: tqdm(batches, desc="class images", disable=not main or not len(batches)),
-        )  # fmt: skip
+        )
     log.info("drew %d class images into %s", drawn, folder)
     accelerator.wait_for_everyone()
 

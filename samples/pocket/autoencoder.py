@@ -1,4 +1,4 @@
-"""The pocket autoencoder: 64 x 64 px pictures <-> 8 x 8 latents of 16 channels (an `AutoencoderKL`).
+"""The pocket autoencoder: 64 x 64 px pictures <-> 8 x 8 latents of 32 channels (an `AutoencoderKL`).
 
 python samples/pocket/autoencoder.py --work WORK      # trains, then writes WORK/vae
 """
@@ -18,6 +18,7 @@ from torch import nn
 from training import Plan, fast_autocast, to_tensor, train
 from world import scene
 
+LATENTS = 32  # channels; 16 do not hold 30 dB
 KL_WEIGHT = 1e-4  # on the mean over latent numbers; enough to centre the latents
 EDGE_WEIGHT = 0.5  # on the error of differences between neighbouring pixels: outlines, and marks of two pixels
 PLAN = Plan(steps=8000, minutes=100, batch=16, muon_lr=0.01, adam_lr=1e-3, save_every=100)
@@ -30,11 +31,34 @@ def new_autoencoder() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 32, 96, 128),
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=LATENTS,
         norm_num_groups=8,
         sample_size=64,
         mid_block_add_attention=False,
     ).to(memory_format=torch.channels_last)
+
+
+def widened(start: Path) -> AutoencoderKL:
+    """An autoencoder to go on from; if it has fewer latent channels, nothing is read of the others yet."""
+    before, model = AutoencoderKL.from_pretrained(start, torch_dtype=torch.float32), new_autoencoder()
+    few = before.config.latent_channels
+    moments = [*range(few), *range(LATENTS, LATENTS + few)]  # means, then log variances
+    grown = {
+        "encoder.conv_out": (moments, None), "quant_conv": (moments, moments),
+        "post_quant_conv": (range(few), range(few)), "decoder.conv_in": (None, range(few)),
+    }  # fmt: skip
+    state = model.state_dict()
+    for name, value in before.state_dict().items():
+        rows, columns = grown.get(name.rpartition(".")[0], (None, None))
+        into = state[name]
+        rows = list(rows or range(into.shape[0]))
+        if value.dim() == 1 or columns is None:
+            into[rows] = value
+        else:
+            into[rows] = 0  # nothing of the new channels in the old ones
+            into[torch.tensor(rows)[:, None], torch.tensor(list(columns))[None]] = value
+    model.load_state_dict(state)
+    return model
 
 
 def train_autoencoder(work: Path, *, start: Path | None = None, plan: Plan = PLAN) -> AutoencoderKL:
@@ -59,8 +83,7 @@ def train_autoencoder(work: Path, *, start: Path | None = None, plan: Plan = PLA
         pixels = error.square().mean() + 0.1 * error.abs().mean()
         return pixels + EDGE_WEIGHT * edges + KL_WEIGHT * posterior.kl().mean() / 1024
 
-    before = AutoencoderKL.from_pretrained(start, torch_dtype=torch.float32).train() if start else new_autoencoder()
-    before = before.to(memory_format=torch.channels_last).requires_grad_(True)
+    before = (widened(start) if start else new_autoencoder()).train().to(memory_format=torch.channels_last)
     model = train(before, loss_of, plan=plan, checkpoint=work / "vae.pt")
     assert isinstance(model, AutoencoderKL)
     latents = encode(model, images[:2000])

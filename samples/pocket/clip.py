@@ -8,7 +8,7 @@ Its text tower is the pipeline's text encoder, as in Stable Diffusion; as a whol
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from world import COLOUR_NAMES, PLACE_NAMES, THING_NAMES, Labels, caption_of, sc
 WIDTH = 128
 NUMBERS = {name: k for k, name in enumerate((*THING_NAMES, *PLACE_NAMES, *COLOUR_NAMES, *MARKS))}
 PLACE_SLOT = torch.tensor([False, True, False, False])  # of thing, place, colour, marks: only the place may go unsaid
-PLAN = Plan(steps=6000, minutes=60, batch=96, ema_decay=0.998, save_every=200)
+KINDS = (0.25, 0.25, 0.15, 0.25, 0.1)  # shares of batches: any scenes, few places, things, colours, marks
+PLAN = Plan(steps=6000, minutes=90, batch=96, ema_decay=0.998, save_every=200)
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -67,22 +68,49 @@ def contrast(model: nn.Module, ids: torch.Tensor, x: torch.Tensor, *, fits: torc
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def place_of(labels: Labels) -> Hashable:
+    """What the scenes of a group share: the place."""
+    return labels.place
+
+
+def thing_of(labels: Labels) -> Hashable:
+    """The thing."""
+    return labels.thing
+
+
+def colour_of(labels: Labels) -> Hashable:
+    """The colour word and the place; None without a colour word."""
+    return labels.colour and (labels.colour, labels.place)
+
+
+def mark_of(labels: Labels) -> Hashable:
+    """The first mark; None without one."""
+    return labels.marks[0] if labels.marks else None
+
+
+def rows_by(labels: Sequence[Labels], key: Callable[[Labels], Hashable]) -> list[np.ndarray]:
+    """The places of the labels of each group, those of the group None left out."""
+    groups: dict[Hashable, list[int]] = {}
+    for row, entry in enumerate(labels):
+        groups.setdefault(key(entry), []).append(row)
+    return [np.array(rows) for shared, rows in groups.items() if shared is not None]
+
+
 def train_clip(work: Path, *, plan: Plan = PLAN) -> tuple[CLIPModel, CLIPTokenizer]:
     """Train on scenes and captions; returns the EMA model and its tokenizer.
 
-    A third of the batches shows any scenes, a third three places, a third six things: so that things, and then colours
-    and marks, are what tells the captions of a batch apart.
+    Half of the batches show any scenes or three places; the others hold still most of what captions say, so that no
+    word can be left unread: six things, three pairs of colour and place (only the thing tells their captions apart),
+    or six marks.
     """
     tokenizer = train_tokenizer()
     images, labels = load_images(work), load_labels(work)
-    by_place = [np.flatnonzero([entry.place == place for entry in labels]) for place in PLACE_NAMES]
-    by_thing = [np.flatnonzero([entry.thing == thing for entry in labels]) for thing in THING_NAMES]
+    groups = [(1, [np.arange(len(labels))])]
+    shared = ((3, place_of), (6, thing_of), (3, colour_of), (6, mark_of))
+    groups += [(few, rows_by(labels, key)) for few, key in shared]
 
     def rows_of(rng: np.random.Generator) -> np.ndarray:
-        kind = rng.integers(3)
-        if kind == 0:
-            return rng.integers(0, len(labels), plan.batch)
-        rows, few = (by_place, 3) if kind == 1 else (by_thing, 6)
+        few, rows = groups[int(rng.choice(len(groups), p=KINDS))]
         chosen = rng.choice(len(rows), few, replace=False)
         return np.concatenate([rng.choice(rows[k], plan.batch // few) for k in chosen])
 

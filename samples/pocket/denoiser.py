@@ -1,4 +1,4 @@
-"""The pocket denoiser: a `UNet2DConditionModel` on 8 x 8 latents of 16 channels, told by text what to draw.
+"""The pocket denoiser: a `UNet2DConditionModel` on 8 x 8 latents of 32 channels, told by text what to draw.
 
     python samples/pocket/denoiser.py --work WORK      # trains on WORK's scenes, vae and text_encoder; resumes
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from autoencoder import encode
+from autoencoder import LATENTS, encode
 from clip import WIDTH, tokenize
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from scenes import load_images, load_labels
@@ -31,8 +31,8 @@ def new_denoiser() -> UNet2DConditionModel:
     """Untrained, 11 M parameters."""
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=16,
-        out_channels=16,
+        in_channels=LATENTS,
+        out_channels=LATENTS,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
         block_out_channels=(128, 192),
@@ -57,7 +57,7 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def load_latents(work: Path) -> torch.Tensor:
-    """Scaled mean latents of all scenes, float16 [n, 16, 8, 8], computed once."""
+    """Scaled mean latents of all scenes, float16 [n, 32, 8, 8], computed once."""
     path = work / "latents.pt"
     if not path.exists():
         images, vae = load_images(work), AutoencoderKL.from_pretrained(work / "vae")

@@ -185,7 +185,10 @@ def test_a_shift_is_refused_where_there_is_none() -> None:
 def test_a_discrete_schedule_takes_the_other_densities() -> None:
     from diffusers import DDPMScheduler
 
-    objective, generator = objective_of(DDPMScheduler(), TimestepSampling("logit_normal", 2.0)), torch.Generator()
+    objective, generator = (
+        objective_of(DDPMScheduler(), TimestepSampling(kind="logit_normal", logit_mean=2.0)),
+        torch.Generator(),
+    )
     t = torch.cat([objective.sample_timestep(generator) for _ in range(1000)])
     assert t.dtype == torch.int64 and t.min() >= 0 and t.max() <= 999
     assert abs(t.float().median() / 1000 - 1 / (1 + math.exp(-2))) < 0.03

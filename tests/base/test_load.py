@@ -25,7 +25,9 @@ from ..tiny_families import build
 def test_a_base_is_loaded_in_its_familys_half_precision_with_an_fp32_vae(kind: str, half: str, tmp_path: Path) -> None:
     build(kind, tmp_path / "parts").save_pretrained(tmp_path / "base")
     assert half_precision(str(tmp_path / "base")) == half
-    pipe = load_base(ModelConfig(str(tmp_path / "base"), base_dtype=half), precision="no")
+    pipe = load_base(
+        ModelConfig(pretrained_model_name_or_path=str(tmp_path / "base"), base_dtype=half), precision="no"
+    )
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     assert denoiser.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[half] and pipe.vae.dtype == torch.float32
     assert not any(p.requires_grad for p in denoiser.parameters())
@@ -58,7 +60,7 @@ def test_a_missing_component_is_named(kind: str, tmp_path: Path) -> None:
                 json.dumps(kept | ({name: [None, None]} if state == "null" else {}))
             )
             with pytest.raises(BaseModelError) as refused:
-                load_base(ModelConfig(str(base)), precision="no")
+                load_base(ModelConfig(pretrained_model_name_or_path=str(base)), precision="no")
             said = str(refused.value)
             assert f"the base {base} has no {name}: " in said and f"give a complete {index['_class_name']}" in said
 
@@ -69,7 +71,7 @@ def test_missing_weights_are_named(name: str, tmp_path: Path) -> None:
     for file in (tmp_path / "base" / name).glob("*.safetensors"):
         file.unlink()
     with pytest.raises(BaseModelError, match="cannot load the base model in") as refused:
-        load_base(ModelConfig(str(tmp_path / "base")), precision="no")
+        load_base(ModelConfig(pretrained_model_name_or_path=str(tmp_path / "base")), precision="no")
     assert str(tmp_path / "base" / name) in str(refused.value)
 
 
@@ -79,7 +81,7 @@ def test_sd3_does_without_its_t5(tmp_path: Path) -> None:
     pipe.text_encoder_3 = pipe.tokenizer_3 = None
     pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
     pipe.save_pretrained(tmp_path / "base")
-    found = load_base(ModelConfig(str(tmp_path / "base")), precision="no")
+    found = load_base(ModelConfig(pretrained_model_name_or_path=str(tmp_path / "base")), precision="no")
     assert found.text_encoder_3 is None and found.tokenizer_3 is None
     cond: Any = family_of(found).encode_prompt(found, ["a dog"])
     assert cond["prompt_embeds"].shape[1] > 77 and not cond["prompt_embeds"][:, 77:].any()
@@ -134,7 +136,7 @@ def test_what_the_hub_says_is_told_with_the_way_out(
     hub_says(monkeypatch, kind)
     name = "black-forest-labs/FLUX.1-dev"
     with pytest.raises(BaseModelError) as refused:
-        load_base(ModelConfig(name, revision="new"), precision="no")
+        load_base(ModelConfig(pretrained_model_name_or_path=name, revision="new"), precision="no")
     assert said.format(id=name) in str(refused.value)
     assert ("hf auth login" in str(refused.value)) == (kind in (errors.GatedRepoError, errors.RepositoryNotFoundError))
 
@@ -144,4 +146,4 @@ def test_offline_a_model_that_is_not_here_is_told_so() -> None:
     with pytest.raises(
         BaseModelError, match="is neither a folder nor among the models downloaded before, and the Hub"
     ):
-        load_base(ModelConfig("nobody/nothing-of-this-name"), precision="no")
+        load_base(ModelConfig(pretrained_model_name_or_path="nobody/nothing-of-this-name"), precision="no")

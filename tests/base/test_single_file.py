@@ -44,7 +44,9 @@ def one_file(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path,
 
 def test_the_base_is_the_pipeline_that_was_written(one_file: tuple[Any, Path, Path]) -> None:
     pipe, file, config = one_file
-    found = load_base(ModelConfig(str(file), str(config)), precision="no")
+    found = load_base(
+        ModelConfig(pretrained_model_name_or_path=str(file), single_file_config=str(config)), precision="no"
+    )
     assert type(found) is type(pipe)
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
@@ -55,14 +57,17 @@ def test_the_base_is_the_pipeline_that_was_written(one_file: tuple[Any, Path, Pa
     assert torch.equal(found.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
     assert not any(p.requires_grad for p in found.unet.parameters())
     asked: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2}
-    ours, theirs = (generate(p, Prompts(["a dog"]), [0], **asked)[0] for p in (found, pipe))
+    ours, theirs = (generate(p, Prompts(texts=["a dog"]), [0], **asked)[0] for p in (found, pipe))
     assert np.array_equal(tiny.as_array(ours), tiny.as_array(theirs))
 
 
 def test_a_half_precision_base_has_its_vae_in_full_precision(tmp_path: Path) -> None:
     pipe = build("sd", tmp_path / "parts")
     file, config = save_as_one_file(pipe, tmp_path / "base.safetensors"), configuration(pipe, tmp_path / "config")
-    found = load_base(ModelConfig(str(file), str(config), base_dtype="bf16"), precision="no")
+    found = load_base(
+        ModelConfig(pretrained_model_name_or_path=str(file), single_file_config=str(config), base_dtype="bf16"),
+        precision="no",
+    )
     assert found.unet.dtype == found.text_encoder.dtype == torch.bfloat16
     assert torch.equal(found.vae.decoder.conv_in.weight, pipe.vae.decoder.conv_in.weight), "not by way of bf16"
     assert half_precision(str(file), str(config)) == "fp16"
@@ -74,7 +79,10 @@ def test_what_the_file_lacks_comes_from_the_configurations_folder(tmp_path: Path
     pipe = build("sd", tmp_path / "parts")
     pipe.save_pretrained(tmp_path / "folder")
     file = save_as_one_file(pipe, tmp_path / "base.safetensors", vae=False)
-    found = load_base(ModelConfig(str(file), str(tmp_path / "folder")), precision="no")
+    found = load_base(
+        ModelConfig(pretrained_model_name_or_path=str(file), single_file_config=str(tmp_path / "folder")),
+        precision="no",
+    )
     assert torch.equal(found.vae.decoder.conv_in.weight, pipe.vae.decoder.conv_in.weight)
 
 
@@ -111,7 +119,10 @@ def test_it_is_trained_with_sampled_from_and_merged_into(photos: Path, tmp_path:
 
 def refusal(file: Path, config: Path | None = None) -> str:
     with pytest.raises(BaseModelError) as refused:
-        load_base(ModelConfig(str(file), str(config) if config else None), precision="no")
+        load_base(
+            ModelConfig(pretrained_model_name_or_path=str(file), single_file_config=str(config) if config else None),
+            precision="no",
+        )
     return str(refused.value)
 
 

@@ -35,16 +35,19 @@ from typing import Any
 import peft
 import torch
 from accelerate import Accelerator
-from dynamics_bench import SUBJECTS, UNSEEN, Bench
+from dynamics_bench import POCKET, SIZE, SUBJECTS, UNSEEN, Bench
 from torch import nn
 
+from delora_diffusion.base.config import ModelConfig
+from delora_diffusion.base.denoiser import Denoiser
 from delora_diffusion.console import quiet_libraries
+from delora_diffusion.data.config import DataConfig
 from delora_diffusion.method.config import DeloraConfig
 from delora_diffusion.method.inject import inject_delora
 from delora_diffusion.seeds import derived_seed
-from delora_diffusion.training.config import AdapterConfig, TrainingConfig
-from delora_diffusion.training.log import Look, read_log
-from delora_diffusion.training.loop import step_gradients, train
+from delora_diffusion.training.config import AdapterConfig, Options, TrainingConfig, ValidationConfig
+from delora_diffusion.training.log import due
+from delora_diffusion.training.loop import new_state, put_average, ramp_weight, set_strength, step_gradients, take_step
 
 BATCH, RANK, ONCE = 4, 8, 100  # ONCE: steps of a run of length "1x"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -154,7 +157,7 @@ def train_peft(bench: Bench, run: Run) -> Iterator[tuple[int, nn.Module, dict[st
     denoiser.train()
     for step in range(run.steps):
         step_gradients(
-            accelerator, parameters, examples, denoiser, bench.family, bench.objective, training, step=step
+            accelerator, parameters, examples, Denoiser(denoiser, bench.family), bench.objective, training, step=step
         )  # fmt: skip
         torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         optimizer.step()
@@ -185,20 +188,29 @@ def train_ours(bench: Bench, run: Run) -> Iterator[tuple[int, nn.Module, dict[st
     inject_delora(denoiser, config, generator=torch.Generator().manual_seed(derived_seed(run.seed, "init", 0)))
     shares: dict[str, float] = {}
 
-    def look(step: int) -> Look:
-        if 0 < step < run.steps:
-            shares[str(step)] = bench.share(denoiser)
-        return Look()
-
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingConfig(output_dir=folder, checkpointing_steps=0,
                                   **{name: value for name, value in options.items() if name in known[1]})  # fmt: skip
-        train(
-            Accelerator(cpu=True), {"unet": denoiser}, examples, bench.family, bench.objective, adapter=adapter,
-            training=training, options={}, identity={}, preview=look, preview_steps=max(1, run.steps // 4),
-        )  # fmt: skip
-        first = next(line for line in read_log(Path(folder) / "log.jsonl") if "loss" in line)
-    yield run.steps, denoiser, {"1": first["update_norm"], **shares}
+        asked = Options(
+            model=ModelConfig(pretrained_model_name_or_path=str(POCKET / "base")),
+            adapter=adapter,
+            data=DataConfig(instance_data_dir="photos", resolution=SIZE),
+            training=training,
+            validation=ValidationConfig(),
+        )
+        modules = {"unet": denoiser.train()}
+        state = new_state(modules, asked, processes=1, identity={})
+        accelerator, called = Accelerator(cpu=True), Denoiser(denoiser, bench.family)
+        for step in range(run.steps):
+            set_strength(modules, ramp_weight(step, state.warmup))
+            parameters = list(state.parameters.values())
+            step_gradients(accelerator, parameters, examples, called, bench.objective, training, step=step)
+            take_step(state, modules, training, accelerator, state.optimizer)
+            if state.step == 1 or (state.step < run.steps and due(state.step, max(1, run.steps // 4))):
+                shares[str(state.step)] = bench.share(denoiser)
+        set_strength(modules, ramp_weight(run.steps - 1, state.warmup))
+        put_average(state)
+    yield run.steps, denoiser, shares
 
 
 def measure(bench: Bench, run: Run) -> Iterator[dict[str, Any]]:

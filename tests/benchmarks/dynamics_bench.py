@@ -31,7 +31,7 @@ from delora_diffusion.data.config import DataConfig
 from delora_diffusion.data.encode import Cache, cache_latents, cache_prompts
 from delora_diffusion.data.photos import class_examples, instance_examples, load_image
 from delora_diffusion.evaluation.encoders import embed_images, embed_texts, load_encoder
-from delora_diffusion.evaluation.metrics import drift, fidelity
+from delora_diffusion.evaluation.metrics import drift_scores, fidelity_scores
 from delora_diffusion.families import Conditioning, Setting, family_of, stack_conditioning
 from delora_diffusion.method.config import DeloraConfig
 from delora_diffusion.method.targets import target_linears
@@ -68,7 +68,7 @@ class Bench:
     """The base model, the encoders and the subjects; the base is never changed."""
 
     def __init__(self) -> None:
-        self.pipe = load_base(ModelConfig(str(POCKET / "base")), precision="no")
+        self.pipe = load_base(ModelConfig(pretrained_model_name_or_path=str(POCKET / "base")), precision="no")
         self.family, self.objective = family_of(self.pipe), objective_of(self.pipe.scheduler)
         self.denoiser: nn.Module = self.pipe.unet
         self.targets = list(target_linears(self.denoiser, DeloraConfig()))
@@ -84,19 +84,24 @@ class Bench:
 
     def _subject(self, name: str, class_word: str) -> Subject:
         caption = f"a {TOKEN} {class_word}"
-        data = DataConfig(str(POCKET / "subjects" / name), instance_prompt=caption, resolution=SIZE)
+        data = DataConfig(instance_data_dir=str(POCKET / "subjects" / name), instance_prompt=caption, resolution=SIZE)
         photos = instance_examples(data, seed=0)
         latents = cache_latents(self.cache, self.pipe.vae, photos, identity="pocket")
-        examples = Examples(photos, [], latents, {caption: self.encode([caption])[0]},
-                            lambda texts: stack_conditioning(self.encode(texts)))  # fmt: skip
+        examples = Examples(
+            instances=photos,
+            classes=[],
+            latents=latents,
+            conditioning={caption: self.encode([caption])[0]},
+            encode=lambda texts: stack_conditioning(self.encode(texts)),
+        )
         folder = POCKET / "holdout" / name
         rows = [json.loads(line) for line in _lines(folder / "metadata.jsonl")]
         pictures = [
             load_image(folder / row["file_name"]).resize((SIZE, SIZE), Image.Resampling.LANCZOS) for row in rows
         ]
         return Subject(
-            class_word, examples, _lines(POCKET / "prompts" / f"{name}.txt"),
-            self._noised(pictures, [row["text"] for row in rows]), embed_images(self.dino, pictures),
+            class_word=class_word, photos=examples, holdout=_lines(POCKET / "prompts" / f"{name}.txt"),
+            kind=self._noised(pictures, [row["text"] for row in rows]), prompts_file=embed_images(self.dino, pictures),
         )  # fmt: skip
 
     def preserving(self, name: str) -> Examples:
@@ -112,8 +117,14 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             for number, image in enumerate(self.draw(self.denoiser, [prompt] * CLASS_IMAGES, seeds)):
                 image.save(Path(folder) / f"{number:02}.png")
-            data = DataConfig(folder, resolution=SIZE, with_prior_preservation=True, class_data_dir=folder,
-                              class_prompt=prompt, num_class_images=CLASS_IMAGES)  # fmt: skip
+            data = DataConfig(
+                instance_data_dir=folder,
+                resolution=SIZE,
+                with_prior_preservation=True,
+                class_data_dir=folder,
+                class_prompt=prompt,
+                num_class_images=CLASS_IMAGES,
+            )
             classes = class_examples(data, seed=0)
             latents = cache_latents(self.cache, self.pipe.vae, classes, identity="pocket")
         cond = {**(examples.conditioning or {}), prompt: self.encode([prompt])[0]}
@@ -131,7 +142,9 @@ class Bench:
         with quiet(self.pipe):
             for first in range(0, len(prompts), CHUNK):
                 part = slice(first, first + CHUNK)
-                shown = Prompts(prompts[part], "", self.encode(prompts[part]), self.encode([""])[0])
+                shown = Prompts(
+                    texts=prompts[part], negative="", encoded=self.encode(prompts[part]), against=self.encode([""])[0]
+                )
                 images += generate(
                     self.pipe, shown, seeds[part],
                     guidance_scale=GUIDANCE, num_inference_steps=SAMPLING_STEPS,
@@ -160,9 +173,9 @@ class Bench:
         nearest = (embed_images(self.clip, pictures) @ texts.T).argmax(1)
         own = torch.arange(len(subject.prompts)).repeat_interleave(IMAGES)
         return {
-            "fidelity": fidelity(embed_images(self.dino, pictures), subject.real),
+            "fidelity": float(fidelity_scores(embed_images(self.dino, pictures), subject.real).mean()),
             "following": float((nearest == own).float().mean()),
-            "drift": drift(self.world_embedding, embed_images(self.dino, others)),
+            "drift": float(drift_scores(self.world_embedding, embed_images(self.dino, others)).mean()),
         }
 
     @torch.no_grad()

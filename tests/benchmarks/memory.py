@@ -6,9 +6,9 @@
     python tests/benchmarks/memory.py --presets                                                  # nothing is measured
 
 Every row is a process of its own. "Predicted" is what `delora_diffusion.training.memory` says that a step has alive
-besides the weights. Measured is, on the CPU, how much the process's resident memory grew at most during a second step (the first
-warms up), and on a GPU `torch.cuda.max_memory_allocated` less what was allocated before. "Kept" are the bytes that
-autograd keeps for the backward pass, by `saved_tensors_hooks`, without the weights.
+besides the weights. Measured is, on the CPU, how much the process's resident memory grew at most during a second step
+(the first warms up), and on a GPU `torch.cuda.max_memory_allocated` less what was allocated before. "Kept" are the
+bytes that autograd keeps for the backward pass, by `saved_tensors_hooks`, without the weights.
 `--presets` prints the estimate of every file in train_scripts/configs/memory_*.yaml for the bases it names.
 """
 
@@ -40,7 +40,7 @@ from delora_diffusion.data.config import DataConfig  # noqa: E402
 from delora_diffusion.families import FAMILIES, Setting, placed, stack_conditioning  # noqa: E402
 from delora_diffusion.options import build, read_yaml  # noqa: E402
 from delora_diffusion.training import memory  # noqa: E402
-from delora_diffusion.training.config import AdapterConfig, TrainingConfig, ValidationConfig  # noqa: E402
+from delora_diffusion.training.config import AdapterConfig, Options, TrainingConfig, ValidationConfig  # noqa: E402
 from tests import full_size  # noqa: E402
 from tests.benchmarks.step import commit, hardware  # noqa: E402
 
@@ -96,7 +96,7 @@ def paper_base(name: str, folder: Path) -> ModelConfig:
         config.save_pretrained(folder / part)
         listed[part] = ["transformers", cls]
     (folder / "model_index.json").write_text(json.dumps(listed))
-    return ModelConfig(str(folder))
+    return ModelConfig(pretrained_model_name_or_path=str(folder))
 
 
 # ---- one step, measured ----------------------------------------------------------------------------
@@ -200,10 +200,19 @@ def predicted(name: str, *, side: int, dtype: str, checkpointing: bool, device: 
 def plan_of(model: ModelConfig, name: str, *, side: int, dtype: str, checkpointing: bool, device: str) -> memory.Plan:
     family = next(family for family in FAMILIES if family.name == full_size.MODELS[name][0])
     return memory.Plan(
-        replace(model, base_dtype=dtype), DataConfig("photos", resolution=side),
-        TrainingConfig(gradient_checkpointing=checkpointing), ValidationConfig(), family, adapter_of(name), None,
-        "no" if dtype == "fp32" else dtype, device == "cuda",
-    )  # fmt: skip
+        options=Options(
+            model=replace(model, base_dtype=dtype),
+            adapter=AdapterConfig(),
+            data=DataConfig(instance_data_dir="photos", resolution=side),
+            training=TrainingConfig(gradient_checkpointing=checkpointing),
+            validation=ValidationConfig(),
+        ),
+        family=family,
+        adapter=adapter_of(name),
+        text_adapter=None,
+        precision="no" if dtype == "fp32" else dtype,
+        like_cuda=device == "cuda",
+    )
 
 
 def row(args: argparse.Namespace) -> dict[str, Any]:
@@ -237,8 +246,19 @@ def preset_plan(model: ModelConfig, name: str, values: dict[str, Any]) -> memory
     family = next(family for family in FAMILIES if family.name == full_size.MODELS[name][0])
     dtype = values.get("base_dtype", "auto")
     adapter = replace(adapter_of(name), r=values.get("rank", 16))
-    return memory.Plan(replace(model, base_dtype=dtype), data, training, shown, family, adapter, None,
-                       training.mixed_precision or "no")  # fmt: skip
+    return memory.Plan(
+        options=Options(
+            model=replace(model, base_dtype=dtype),
+            adapter=AdapterConfig(),
+            data=data,
+            training=training,
+            validation=shown,
+        ),
+        family=family,
+        adapter=adapter,
+        text_adapter=None,
+        precision=training.mixed_precision or "no",
+    )
 
 
 def main() -> int:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from delora_diffusion.base.denoiser import Denoiser
 from delora_diffusion.data.buckets import LONGEST, bucket_sizes, largest_part, nearest_size
 from delora_diffusion.data.config import DataConfig
-from delora_diffusion.data.photos import instance_examples, told_sizes
+from delora_diffusion.data.photos import describe_sizes, instance_examples
 from delora_diffusion.families import Family, Setting
 from delora_diffusion.options import OptionError
 from delora_diffusion.training.loss import Pick, batch_loss, picks
@@ -62,7 +63,7 @@ def test_without_buckets_there_is_the_square_and_named_sizes_are_taken_as_they_a
 )
 def test_sizes_that_cannot_be_used_are_refused(asked: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=said):
-        DataConfig(str(tmp_path), aspect_ratio_buckets=asked)
+        DataConfig(instance_data_dir=str(tmp_path), aspect_ratio_buckets=asked)
 
 
 # ---- which one, and which part of the photo ---------------------------------------------------------
@@ -103,7 +104,7 @@ def shaped_photos(folder: Path) -> Path:
 
 
 def test_photos_are_cut_and_resized_to_their_own_sizes(tmp_path: Path) -> None:
-    data = DataConfig(str(shaped_photos(tmp_path / "photos")), instance_prompt="x", resolution=16,
+    data = DataConfig(instance_data_dir=str(shaped_photos(tmp_path / "photos")), instance_prompt="x", resolution=16,
                       aspect_ratio_buckets="16,24;24,16;16,16")  # fmt: skip
     found = {e.path.stem: e for e in instance_examples(data, seed=0)}
     sizes = {name: e.views[0].size for name, e in found.items()}
@@ -111,18 +112,24 @@ def test_photos_are_cut_and_resized_to_their_own_sizes(tmp_path: Path) -> None:
     for example in found.values():
         assert example.pixels(example.views[0]).shape == (3, *example.views[0].size)
     assert found["portrait"].views[0].box == (0, 0, 20, 30) and found["landscape"].views[0].box == (0, 0, 30, 20)
-    told = told_sizes(list(found.values()), data)
+    told = describe_sizes(list(found.values()), data)
     assert "16 x 16: 1, 24 x 16: 1, 16 x 24: 1; at most 3% is cut off (portrait.png)" in told
     squares = replace(data, aspect_ratio_buckets=None)
-    assert "35% is cut off (portrait.png); aspect_ratio_buckets auto" in told_sizes(
+    assert "35% is cut off (portrait.png); aspect_ratio_buckets auto" in describe_sizes(
         instance_examples(squares, seed=0), squares
     )
 
 
 def test_random_crops_move_along_the_side_that_is_too_long(tmp_path: Path) -> None:
     tiny.photos(tmp_path, 1, size=(90, 20))
-    data = DataConfig(str(tmp_path), instance_prompt="x", resolution=16, aspect_ratio_buckets="16,32",
-                      center_crop=False, num_crops=6)  # fmt: skip
+    data = DataConfig(
+        instance_data_dir=str(tmp_path),
+        instance_prompt="x",
+        resolution=16,
+        aspect_ratio_buckets="16,32",
+        center_crop=False,
+        num_crops=6,
+    )
     (example,) = instance_examples(data, seed=0)
     assert len(set(example.views)) > 3
     for left, top, right, bottom in (view.box for view in example.views):
@@ -153,8 +160,8 @@ def world(tmp_path: Path) -> World:
 
 def loss(world: World, batch: list[Pick], family: Family | None = None) -> Any:
     return batch_loss(
-        batch, world.examples, world.pipe.unet, family or world.family, world.objective,
-        total_weight=1.0, snr_gamma=5.0, device=torch.device("cpu"),
+        batch, world.examples, Denoiser(world.pipe.unet, family or world.family), world.objective,
+        total_weight=1.0, snr_gamma=5.0,
     )  # fmt: skip
 
 
@@ -187,8 +194,8 @@ def test_the_number_of_tokens_that_shifts_the_noise_is_that_of_the_picture(world
             return world.objective.sample_timestep(generator, tokens)
 
     batch = [place[0] for place in picks(replace(world.examples, preserved={}), seed=0, step=0, count=3)]
-    batch_loss(batch, world.examples, world.pipe.unet, world.family, Noting(), total_weight=1.0, snr_gamma=None,
-               device=torch.device("cpu"))  # type: ignore[arg-type]  # fmt: skip
+    denoiser = Denoiser(world.pipe.unet, world.family)
+    batch_loss(batch, world.examples, denoiser, Noting(), total_weight=1.0)  # type: ignore[arg-type]
     assert sorted(told) == [8 * 8, 8 * 12, 8 * 12]
 
 

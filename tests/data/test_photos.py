@@ -413,5 +413,8 @@ def test_a_key_depends_on_crop_flip_and_size(tmp_path: Path) -> None:
 
 def test_the_caption_is_not_part_of_the_key_of_the_pixels() -> None:
     view = View((0, 0, 8, 8), False, (16, 16))
-    first, second = (Example(Path("a.png"), caption, 1.0, (view,), "abc") for caption in ("a dog", "a cat"))
+    first, second = (
+        Example(path=Path("a.png"), caption=caption, weight=1.0, views=(view,), content="abc")
+        for caption in ("a dog", "a cat")
+    )
     assert first.key(view) == second.key(view)

@@ -246,8 +246,15 @@ def test_processes_share_the_subjects_each_trained_by_itself(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    tasks = plan_tasks(BenchmarkConfig(told["subjects"], train_config=told["train_config"], train_script=str(SCRIPT),
-                                       output_dir=str(tmp_path)), "sks")  # fmt: skip
+    tasks = plan_tasks(
+        BenchmarkConfig(
+            subjects=told["subjects"],
+            train_config=told["train_config"],
+            train_script=str(SCRIPT),
+            output_dir=str(tmp_path),
+        ),
+        "sks",
+    )
     seen = []
     monkeypatch.setattr(module, "_run", lambda command, environment: seen.append((command, environment)) or 0)
     for place, name in enumerate(("cat", "dog")):
@@ -275,8 +282,18 @@ def test_the_plot_is_likeness_over_drift(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Axes, "plot", noted)
 
     def dial(*figures: tuple[float, float]) -> list[Row]:
-        return [Row("x", float(number), 1, {"drift": Figure(drift, 0, 1, 1), "dino": Figure(likeness, 0, 1, 1)})
-                for number, (drift, likeness) in enumerate(figures)]  # fmt: skip
+        return [
+            Row(
+                name="x",
+                strength=float(number),
+                images=1,
+                figures={
+                    "drift": Figure(value=drift, low=0, high=1, count=1),
+                    "dino": Figure(value=likeness, low=0, high=1, count=1),
+                },
+            )
+            for number, (drift, likeness) in enumerate(figures)
+        ]
 
     dial_plot(tmp_path / "plot.png", dial((0.0, 0.2), (0.1, 0.8)), {"dog": dial((0.0, 0.3), (0.2, 0.9))},
               column="dino", reference=0.95)  # fmt: skip
@@ -285,8 +302,11 @@ def test_the_plot_is_likeness_over_drift(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_mean_is_over_subjects() -> None:
     def rows(value: float, images: int) -> list[Row]:
-        figure = {"dino": Figure(value, 0, 1, images)}
-        return [Row("training photos", None, 5, figure), Row("x", 1.0, images, figure)]
+        figure = {"dino": Figure(value=value, low=0, high=1, count=images)}
+        return [
+            Row(name="training photos", strength=None, images=5, figures=figure),
+            Row(name="x", strength=1.0, images=images, figures=figure),
+        ]
 
     found = table_of({"a": rows(0.2, 1000), "b": rows(0.6, 10)})
     assert [(row.name, row.figures["dino"].value) for row in found[:2]] == [
@@ -297,7 +317,7 @@ def test_the_mean_is_over_subjects() -> None:
 def test_a_subject_without_prompts_gets_dreambench_s(bench: Path) -> None:
     told = yaml.safe_load((bench / "bench.yaml").read_text())["subjects"]["dog"]
     told.pop("prompts_file")
-    config = BenchmarkConfig({"dog": told | {"kind": "live"}}, train_config=str(bench / "training.yaml"),
+    config = BenchmarkConfig(subjects={"dog": told | {"kind": "live"}}, train_config=str(bench / "training.yaml"),
                              train_script=str(SCRIPT))  # fmt: skip
     (task,) = plan_tasks(config, "v1")
     assert len(task.prompts) == 25 and "a v1 dog wearing a santa hat" in task.prompts
@@ -306,11 +326,11 @@ def test_a_subject_without_prompts_gets_dreambench_s(bench: Path) -> None:
 
 def test_captions_of_the_held_out_photos_are_prompts(bench: Path) -> None:
     told = {"class_word": "dog", "photos": str(bench / "dog"), "kind": "captions", "adapter": "x"}
-    (task,) = plan_tasks(BenchmarkConfig({"dog": told | {"holdout": str(bench / "dog_held_out")}}), "sks")
+    (task,) = plan_tasks(BenchmarkConfig(subjects={"dog": told | {"holdout": str(bench / "dog_held_out")}}), "sks")
     assert task.prompts == ["a sks dog", "a sks dog!", "a sks dog!!"]
     for folder in ({}, {"holdout": str(bench / "cat")}):
         with pytest.raises(OptionError, match="the held-out photos have none"):
-            plan_tasks(BenchmarkConfig({"dog": told | folder}), "sks")
+            plan_tasks(BenchmarkConfig(subjects={"dog": told | folder}), "sks")
 
 
 @pytest.mark.parametrize(

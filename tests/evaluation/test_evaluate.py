@@ -296,13 +296,18 @@ def test_a_manifest_without_the_rare_word_is_refused(tmp_path: Path, capsys: pyt
 
 
 def test_the_mean_over_subjects_counts_each_once() -> None:
-    rows = [Row("a", 1.0, 100, {"dino": Figure(0.2, 0, 1, 100)}), Row("b", 1.0, 2, {"dino": Figure(0.4, 0, 1, 2)})]
+    rows = [
+        Row(name="a", strength=1.0, images=100, figures={"dino": Figure(value=0.2, low=0, high=1, count=100)}),
+        Row(name="b", strength=1.0, images=2, figures={"dino": Figure(value=0.4, low=0, high=1, count=2)}),
+    ]
     row = mean_row("mean", rows)
     figure = row.figures["dino"]
     assert (row.images, figure.count, figure.value) == (102, 2, pytest.approx(0.3))
     assert figure.high - figure.value == pytest.approx(1.96 * 0.1)  # s = .1414, over sqrt(2)
     alone = mean_row("mean", rows[:1])
     assert "| 0.200 |" in markdown([alone], METRICS)
-    nothing = Row("a", 1.0, 1, {"drift": Figure(-1e-9, -0.0004, 0.0006, 1)})
+    nothing = Row(
+        name="a", strength=1.0, images=1, figures={"drift": Figure(value=-1e-9, low=-0.0004, high=0.0006, count=1)}
+    )
     assert "| 0.000 [0.000, 0.001] |" in markdown([nothing], METRICS)
     assert comma_separated(rows, METRICS).splitlines()[1:] == ["a,1.0,100,0.2,0,1,100", "b,1.0,2,0.4,0,1,2"]

@@ -1,6 +1,6 @@
 """Which layers are adapted in the real models, on the meta device.
 
-python -m tests.families.test_full_size      # writes the table of families into the README
+python -m tests.families.test_full_size      # writes the table of families into train_scripts/README.md
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from delora_diffusion.method.targets import excluding
 
 from ..full_size import MODELS, adapted, denoiser, parameters, table
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "train_scripts" / "README.md"
 START, END = "<!-- families -->\n", "<!-- end of families -->"
 
 
@@ -58,8 +58,8 @@ def test_what_is_left_out_belongs_to_no_block_or_is_modulation(name: str) -> Non
     assert set(adapted(name, "attention")) <= set(adapted(name, "attention+ff"))
 
 
-def test_the_readme_has_the_table() -> None:
-    found = README.read_text(encoding="utf-8").partition(START)[2].partition(END)[0]
+def test_the_page_has_the_table() -> None:
+    found = PAGE.read_text(encoding="utf-8").partition(START)[2].partition(END)[0]
     assert found == f"\n{table()}\n\n", "out of date: run `python -m tests.families.test_full_size`"
 
 
@@ -82,5 +82,5 @@ def test_dead_layers_join_what_the_user_excludes(exclude: object, names: list[st
 
 
 if __name__ == "__main__":
-    before, _, rest = README.read_text(encoding="utf-8").partition(START)
-    README.write_text(before + START + f"\n{table()}\n\n" + END + rest.partition(END)[2], encoding="utf-8")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    PAGE.write_text(before + START + f"\n{table()}\n\n" + END + rest.partition(END)[2], encoding="utf-8")

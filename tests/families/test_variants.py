@@ -26,9 +26,7 @@ from delora_diffusion.pipeline import load_delora_weights, set_adapters, unload_
 from ..tiny_families import BUILDERS, build, wake
 
 #: What carries no adapter of the family although it looks so, and why.
-NOT_OURS = {
-    "StableDiffusionUpscalePipeline": "a UNet of other widths, that enlarges",
-}
+NOT_OURS = {"StableDiffusionUpscalePipeline": "a UNet of other widths, that enlarges"}
 
 
 def declared(family: Family) -> set[str]:

@@ -212,10 +212,7 @@ BAD_TARGETS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "everything excluded": ({"target_modules": ["to_q"], "exclude_modules": ["to_q"]}, "matched none"),
     "no such layer index": ({"target_modules": ["to_k"], "layers_to_transform": 99}, "matched none"),
-    "a convolution": (
-        {"target_modules": ["to_q", "conv_out"]},
-        "'conv_out', a Conv2d; DeLoRA adapts nn.Linear only",
-    ),
+    "a convolution": ({"target_modules": ["to_q", "conv_out"]}, "'conv_out', a Conv2d; DeLoRA adapts nn.Linear only"),
     "a container": ({"target_modules": ["stage"]}, "'mid.stage', a Block"),
     "a norm, by regex": ({"target_modules": r".*norm"}, "'down.0.norm', a LayerNorm"),
     "a rank that fits nothing": (

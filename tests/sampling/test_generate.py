@@ -52,15 +52,15 @@ def test_what_is_drawn_is_what_the_pipeline_draws(kind: str, tmp_path: Path) -> 
     asked = {"height": height, "width": width, "num_inference_steps": 2}
     negative: dict[str, Any] = {"negative_prompt": [" "] * 2} if kind == "qwen-image" else {}
     theirs = called(kind, pipe, **negative)
-    assert same(generate(pipe, Prompts(PROMPTS), SEEDS, **asked), theirs)
+    assert same(generate(pipe, Prompts(texts=PROMPTS), SEEDS, **asked), theirs)
 
     refused = None
     if kind in NO_NEGATIVE:
         with pytest.raises(FamilyError, match="takes no negative prompt"):
-            generate(pipe, Prompts(PROMPTS, NEGATIVE), SEEDS, **asked)
+            generate(pipe, Prompts(texts=PROMPTS, negative=NEGATIVE), SEEDS, **asked)
     else:
         refused = called(kind, pipe, negative_prompt=[NEGATIVE] * 2)
-        assert same(generate(pipe, Prompts(PROMPTS, NEGATIVE), SEEDS, **asked), refused)
+        assert same(generate(pipe, Prompts(texts=PROMPTS, negative=NEGATIVE), SEEDS, **asked), refused)
         assert not same(refused, theirs), "it matters"
 
     with torch.no_grad():
@@ -68,7 +68,9 @@ def test_what_is_drawn_is_what_the_pipeline_draws(kind: str, tmp_path: Path) -> 
     against = cache_negative(Cache(tmp_path), pipe, family, None, identity="")
     for name in family.text_encoders:
         setattr(pipe, name, None)
-    assert same(generate(pipe, Prompts(PROMPTS, None, conds, against), SEEDS, **asked), theirs)
+    assert same(
+        generate(pipe, Prompts(texts=PROMPTS, negative=None, encoded=conds, against=against), SEEDS, **asked), theirs
+    )
 
 
 def test_guidance_and_steps_are_the_familys_usual_unless_given(tmp_path: Path) -> None:
@@ -76,12 +78,12 @@ def test_guidance_and_steps_are_the_familys_usual_unless_given(tmp_path: Path) -
     asked: list[dict[str, Any]] = []
     step = pipe.scheduler.set_timesteps
     pipe.scheduler.set_timesteps = lambda *args, **kw: [asked.append({"steps": args[0]}), step(*args, **kw)][1]
-    generate(pipe, Prompts(["a"]), [0], height=16, width=16)
-    generate(pipe, Prompts(["a"]), [0], height=16, width=16, num_inference_steps=3)
+    generate(pipe, Prompts(texts=["a"]), [0], height=16, width=16)
+    generate(pipe, Prompts(texts=["a"]), [0], height=16, width=16, num_inference_steps=3)
     assert [found["steps"] for found in asked] == [25, 3]
     size = {"height": 16, "width": 16, "num_inference_steps": 2}
     usual, same_one, other = (
-        generate(pipe, Prompts(["a"]), [0], guidance_scale=g, **size)[0] for g in (None, 7.5, 2.0)
+        generate(pipe, Prompts(texts=["a"]), [0], guidance_scale=g, **size)[0] for g in (None, 7.5, 2.0)
     )
     assert np.array_equal(tiny.as_array(usual), tiny.as_array(same_one))
     assert not np.array_equal(tiny.as_array(usual), tiny.as_array(other))
@@ -94,7 +96,7 @@ def test_every_sampler_comes_to_the_pictures_of_the_bases_own(kind: str, tmp_pat
     own, flow = pipe.scheduler, family_of(pipe).flow_samplers
 
     def drawn() -> np.ndarray:
-        (image,) = generate(pipe, Prompts(["a dog"]), [0], height=height, width=width, num_inference_steps=50)
+        (image,) = generate(pipe, Prompts(texts=["a dog"]), [0], height=height, width=width, num_inference_steps=50)
         return tiny.as_array(image)
 
     theirs = drawn()
@@ -134,10 +136,10 @@ def test_without_a_negative_prompt_qwen_is_guided_against_its_authors_space(tmp_
 def test_another_familys_schedule_would_be_seen(tmp_path: Path) -> None:
     pipe = build("sd3.5", tmp_path)
     settings = {"height": 16, "width": 16, "num_inference_steps": 50}
-    theirs = tiny.as_array(generate(pipe, Prompts(["a dog"]), [0], **settings)[0])
+    theirs = tiny.as_array(generate(pipe, Prompts(texts=["a dog"]), [0], **settings)[0])
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     assert (
-        np.abs(tiny.as_array(generate(pipe, Prompts(["a dog"]), [0], **settings)[0]) - theirs).mean()
+        np.abs(tiny.as_array(generate(pipe, Prompts(texts=["a dog"]), [0], **settings)[0]) - theirs).mean()
         > 0.5 * theirs.std()
     )
 
@@ -154,5 +156,5 @@ def test_the_vae_decodes_in_its_own_precision(kind: str, tmp_path: Path) -> None
     hook.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
     height, width = size_of(kind)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        generate(pipe, Prompts(["a"]), [0], height=height, width=width, num_inference_steps=1)
+        generate(pipe, Prompts(texts=["a"]), [0], height=height, width=width, num_inference_steps=1)
     assert inside == [torch.float32] and "decode" not in vars(pipe.vae)

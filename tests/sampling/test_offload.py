@@ -18,10 +18,11 @@ from delora_diffusion.cli import main as delora
 from delora_diffusion.families import family_of
 from delora_diffusion.method.config import DeloraConfig
 from delora_diffusion.method.inject import inject_delora
+from delora_diffusion.run_folder import RunFolder
 from delora_diffusion.sampling.generate import Prompts, generate
 from delora_diffusion.sampling.offload import components_on, in_turn
 from delora_diffusion.training.config import ValidationConfig
-from delora_diffusion.training.preview import draw_previews
+from delora_diffusion.training.preview import Previews
 
 from .. import tiny
 from ..runs import Run, same, tensors
@@ -60,11 +61,11 @@ def movements(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_pictures_are_the_same(kind: str, tmp_path: Path) -> None:
     pipe = build(kind, tmp_path)
-    plain = generate(pipe, Prompts(["a dog", "a cat on snow"]), [0, 1], **settings(kind))
+    plain = generate(pipe, Prompts(texts=["a dog", "a cat on snow"]), [0, 1], **settings(kind))
     with in_turn(pipe, CPU):
         assert all(hasattr(part, "_hf_hook") for part in named(pipe).values()) and pipe.vae.use_slicing
-        waiting = generate(pipe, Prompts(["a dog", "a cat on snow"]), [0, 1], **settings(kind))
-        again = generate(pipe, Prompts(["a dog"]), [0], **settings(kind))
+        waiting = generate(pipe, Prompts(texts=["a dog", "a cat on snow"]), [0, 1], **settings(kind))
+        again = generate(pipe, Prompts(texts=["a dog"]), [0], **settings(kind))
     assert not any(hasattr(part, "_hf_hook") for part in named(pipe).values()) and not pipe.vae.use_slicing
     for one, other in zip([*plain, plain[0]], [*waiting, again[0]], strict=True):
         assert abs(tiny.as_array(one) - tiny.as_array(other)).max() <= 1
@@ -79,7 +80,7 @@ def test_no_two_components_are_on_the_device_at_once(
     seen = movements(pipe, monkeypatch)
     with in_turn(pipe, CPU):
         for _ in range(2):
-            generate(pipe, Prompts(["a dog"]), [0], **settings(kind))
+            generate(pipe, Prompts(texts=["a dog"]), [0], **settings(kind))
     uses = [name for name, what in seen if what == "use"]
     assert set(uses) == set(named(pipe)) and uses[-1] == "vae"
     here: set[str] = set()
@@ -104,7 +105,10 @@ def test_a_denoiser_that_is_trained_stays_and_the_vae_leaves_before_it_works(
     pipe.text_encoder = None
     seen = movements(pipe, monkeypatch)
     pipe.unet.register_forward_hook(lambda *_: seen.append(("unet", "use")))
-    draw_previews(pipe, config, (cond, negative), size=16, seed=0, count=2)
+    shown = Prompts(texts=config.validation_prompt, negative=None, encoded=cond, against=negative)
+    Previews(
+        pipe=pipe, run=RunFolder(tmp_path), config=config, shown=shown, unrelated=Prompts(texts=[]), size=16, seed=0
+    ).draw(2)
     assert {name for name, what in seen if what == "away"} == {"vae"} and seen[-1] == ("vae", "away")
     assert seen.count(("vae", "use")) == 2, "one for each prompt"
     for before, after in itertools.pairwise(seen):
@@ -166,11 +170,11 @@ def test_on_a_gpu_one_component_is_there_at_a_time(kind: str, tmp_path: Path, mo
 
     with in_turn(pipe, gpu):
         getattr(pipe, family_of(pipe).denoiser).register_forward_hook(look)
-        waiting = generate(pipe, Prompts(["a dog", "a cat"]), [0, 1], **settings(kind))
+        waiting = generate(pipe, Prompts(texts=["a dog", "a cat"]), [0, 1], **settings(kind))
     assert there and all(found == {family_of(pipe).denoiser} for found in there)
     assert all(not next(part.parameters()).is_cuda for part in named(pipe).values())
     pipe.to(gpu)
-    plain = generate(pipe, Prompts(["a dog", "a cat"]), [0, 1], **settings(kind))
+    plain = generate(pipe, Prompts(texts=["a dog", "a cat"]), [0, 1], **settings(kind))
     for one, other in zip(plain, waiting, strict=True):
         assert abs(tiny.as_array(one) - tiny.as_array(other)).max() <= 2
 

@@ -17,16 +17,18 @@ from PIL import Image
 from delora_diffusion import DeloraConfig, inject_delora, read_adapter, update_norms
 from delora_diffusion.evaluation.choose import BestPreview, best_preview, score_of
 from delora_diffusion.evaluation.encoders import EncoderError, embed_images, embed_texts, load_encoder
-from delora_diffusion.evaluation.scores import METRIC, Scorer, photo_figures, preview_figures
+from delora_diffusion.evaluation.scorer import Scorer, photo_figures, preview_figures
+from delora_diffusion.evaluation.scores import METRIC
 from delora_diffusion.method.state import current_lambdas
 from delora_diffusion.options import OptionError
-from delora_diffusion.run_folder import ADAPTER_NAME, LORA_NAME
+from delora_diffusion.run_folder import ADAPTER_NAME, LORA_NAME, RunFolder
 from delora_diffusion.sampling.generate import Prompts
 from delora_diffusion.training import best as best_module
 from delora_diffusion.training import preview as preview_module
 from delora_diffusion.training.best import Best, preview_protocol, preview_scorer, read_best
 from delora_diffusion.training.config import ValidationConfig
 from delora_diffusion.training.log import PreviewResult, TrainingLog, block_names, figures_by_step, read_log
+from delora_diffusion.training.preview import Previews
 
 from ..runs import Run, same, tensors
 
@@ -325,13 +327,13 @@ def test_no_picture_is_drawn_twice(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 def test_every_preview_is_told_in_a_line_and_is_not_counted_as_time_of_training(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = preview_module.draw_previews
+    original = Previews.draw
 
-    def slow(*args: object, **settings: object) -> object:
+    def slow(previews: Previews, count: int) -> object:
         time.sleep(3)
-        return original(*args, **settings)  # type: ignore[arg-type]
+        return original(previews, count)
 
-    monkeypatch.setattr(preview_module, "draw_previews", slow)
+    monkeypatch.setattr(Previews, "draw", slow)
     out = run("out", *WATCHED, "--validation_steps=1", "--max_train_steps=1", "--keep_best=fidelity")
     (line,) = [line for line in read_log(out / "log.jsonl") if "loss" in line]
     assert 0 < line["seconds_per_step"] < 2, "without the three seconds of the first preview"
@@ -355,15 +357,18 @@ def test_prompts_of_previews_may_lie_in_a_file(run: Run, tmp_path: Path) -> None
 
 
 def test_previews_are_drawn_without_dropout_and_training_goes_on_with_it(
-    base: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(base)
     pipe.unet.train()
     modes: list[bool] = []
     monkeypatch.setattr(preview_module, "generate", lambda *args, **kwargs: modes.append(pipe.unet.training) or [])
-    config = ValidationConfig(validation_prompt=["a sks dog"])
-    preview_module.draw_unrelated(pipe, config, Prompts(["a cow"]), size=16, seed=0)
-    preview_module.draw_previews(pipe, config, Prompts(["a sks dog"]), size=16, seed=0, count=1)
+    previews = Previews(
+        pipe=pipe, run=RunFolder(tmp_path), config=ValidationConfig(validation_prompt=["a sks dog"]),
+        shown=Prompts(texts=["a sks dog"]), unrelated=Prompts(texts=["a cow"]), size=16, seed=0,
+    )  # fmt: skip
+    previews.draw_unrelated()
+    previews.draw(1)
     assert modes == [False, False] and pipe.unet.training and not pipe.text_encoder.training
 
 

@@ -78,15 +78,15 @@ def test_a_family_trains_resumes_loads_and_samples(kind: str, photos: Path, tmp_
     pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     asked: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": 2}
-    before = generate(pipe, Prompts(["a sks dog"]), [0], **asked)[0]
+    before = generate(pipe, Prompts(texts=["a sks dog"]), [0], **asked)[0]
     report = load_delora_weights(pipe, straight)
     adapter = read_adapter(straight)
     assert report.layers == {part: len(config_layers(found)) for part, found in adapter.tensors.items()}
     assert set(adapter.tensors) == set(family_of(pipe).components() if text else [family_of(pipe).denoiser])
-    beside = generate(pipe, Prompts(["a sks dog"]), [0], **asked)[0]
+    beside = generate(pipe, Prompts(texts=["a sks dog"]), [0], **asked)[0]
     fused_pipe = load_pipeline(base, straight / ADAPTER_NAME)
     fused_pipe.set_progress_bar_config(disable=True)
-    fused = generate(fused_pipe, Prompts(["a sks dog"]), [0], **asked)[0]
+    fused = generate(fused_pipe, Prompts(texts=["a sks dog"]), [0], **asked)[0]
     assert abs(tiny.as_array(beside) - tiny.as_array(fused)).max() <= 1
     assert abs(tiny.as_array(beside) - tiny.as_array(before)).max() >= 1, "four steps with a large learning rate"
 

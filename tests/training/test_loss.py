@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from delora_diffusion import DeloraConfig, inject_delora
+from delora_diffusion.base.denoiser import Denoiser
 from delora_diffusion.base.objective import objective_of
 from delora_diffusion.data.config import DataConfig
 from delora_diffusion.data.encode import Cache, cache_latents, cache_prompts, fingerprint
@@ -34,11 +35,21 @@ class World:
         self.family, self.objective = family_of(self.pipe), objective_of(self.pipe.scheduler)
         if photos_in is None:
             photos(folder / "photos")
-        data = DataConfig(str(photos_in or folder / "photos"), instance_prompt=CAPTION, resolution=16, **fields)
+        data = DataConfig(
+            instance_data_dir=str(photos_in or folder / "photos"), instance_prompt=CAPTION, resolution=16, **fields
+        )
         instances = instance_examples(data, seed=0)
         latents = cache_latents(Cache(), self.pipe.vae, instances, identity=fingerprint(self.pipe.vae))
         cond = cache_prompts(Cache(), self.pipe, self.family, [CAPTION, CLASS], identity="")
-        self.examples = Examples(instances, [], latents, cond, self.encode, {CLASS: cond[CLASS]}, 0.5)
+        self.examples = Examples(
+            instances=instances,
+            classes=[],
+            latents=latents,
+            conditioning=cond,
+            encode=self.encode,
+            preserved={CLASS: cond[CLASS]},
+            preservation_weight=0.5,
+        )
         generator = torch.Generator().manual_seed(1)
         inject_delora(
             self.pipe.unet, DeloraConfig(r=2, delora_lambda=3.0, init_weights="kaiming"), generator=generator
@@ -49,8 +60,7 @@ class World:
 
     def loss(self, batch: list[Pick]) -> Tensor:
         return batch_loss(
-            batch, self.examples, self.pipe.unet, self.family, self.objective,
-            total_weight=1.0, snr_gamma=None, device=torch.device("cpu"),
+            batch, self.examples, Denoiser(self.pipe.unet, self.family), self.objective, total_weight=1.0,
         )  # fmt: skip
 
 

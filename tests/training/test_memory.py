@@ -22,7 +22,7 @@ from delora_diffusion.method.inject import inject_delora
 from delora_diffusion.method.targets import excluding
 from delora_diffusion.options import parse
 from delora_diffusion.training import memory
-from delora_diffusion.training.config import TrainingConfig, ValidationConfig
+from delora_diffusion.training.config import AdapterConfig, Options, TrainingConfig, ValidationConfig
 
 from ..benchmarks import memory as bench
 from ..runs import Run
@@ -46,8 +46,19 @@ def plan_of(kind: str, folder: Path, side: int | None = None, **training: Any) -
     adapter = DeloraConfig(r=4, exclude_modules=excluding(None, dead))
     settings = TrainingConfig(**{"train_batch_size": 1} | training)
     side = side or side_of(kind)
-    data, shown = DataConfig("photos", "a dog", resolution=side), ValidationConfig()
-    return memory.Plan(model, data, settings, shown, family, adapter, None, "no", like_cuda=False), pipe
+    data, shown = DataConfig(instance_data_dir="photos", instance_prompt="a dog", resolution=side), ValidationConfig()
+    return memory.Plan(
+        options=Options(model=model, adapter=AdapterConfig(), data=data, training=settings, validation=shown),
+        family=family,
+        adapter=adapter,
+        text_adapter=None,
+        precision="no",
+        like_cuda=False,
+    ), pipe
+
+
+def with_options(plan: memory.Plan, **groups: Any) -> memory.Plan:
+    return replace(plan, options=replace(plan.options, **groups))
 
 
 def phase_of(plan: memory.Plan, name: str) -> dict[str, int]:
@@ -76,8 +87,8 @@ def peak(work: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_weights_are_counted_to_the_byte(kind: str, dtype: str, tmp_path: Path) -> None:
     plan, _ = plan_of(kind, tmp_path)
-    plan = replace(plan, model=replace(plan.model, base_dtype=dtype))
-    pipe = load_base(plan.model, precision="no")
+    plan = with_options(plan, model=replace(plan.options.model, base_dtype=dtype))
+    pipe = load_base(plan.options.model, precision="no")
     texts = [module for name in plan.family.text_encoders if (module := getattr(pipe, name, None)) is not None]
     told = {phase.name: phase.parts for phase in memory.estimate(plan)}
     assert told["training"]["denoiser"] == bytes_of(getattr(pipe, plan.family.denoiser))
@@ -126,7 +137,7 @@ def test_a_step_has_alive_what_the_profiler_sees(kind: str, checkpointing: bool,
 
 def test_encoding_and_drawing_have_alive_what_the_profiler_sees(tmp_path: Path) -> None:
     plan, pipe = plan_of("sd", tmp_path, side=64)
-    plan = replace(plan, validation=ValidationConfig(validation_prompt=["a dog"], num_validation_images=3))
+    plan = with_options(plan, validation=ValidationConfig(validation_prompt=["a dog"], num_validation_images=3))
     with torch.no_grad():
         photo = torch.zeros(1, 3, 64, 64)
         latents = posterior(pipe.vae, photo)[0].repeat(3, 1, 1, 1)
@@ -156,7 +167,7 @@ def test_what_is_said_names_the_peak_and_what_to_change(tmp_path: Path) -> None:
     said = memory.warning(plan, phases, free=4 * 2**30)  # without room for what an allocator takes
     assert said and "training need about 4.40 GiB: gradient_checkpointing, base_dtype bf16" in said
     assert "encoding photos" not in said
-    checkpointing = replace(plan, training=replace(plan.training, gradient_checkpointing=True))
+    checkpointing = with_options(plan, training=replace(plan.options.training, gradient_checkpointing=True))
     assert "gradient_checkpointing" not in (memory.warning(checkpointing, phases, free=2**32) or "")
 
 
@@ -164,7 +175,10 @@ def test_without_an_estimate_training_goes_on(tmp_path: Path, caplog: pytest.Log
     plan, _ = plan_of("sd", tmp_path)
     with caplog.at_level(logging.INFO, "delora_diffusion"):
         memory.announce(plan, torch.device("cpu"))
-        memory.announce(replace(plan, model=ModelConfig(str(tmp_path / "gone"))), torch.device("cpu"))
+        memory.announce(
+            with_options(plan, model=ModelConfig(pretrained_model_name_or_path=str(tmp_path / "gone"))),
+            torch.device("cpu"),
+        )
     good, bad = [text for record in caplog.records if (text := record.getMessage()).startswith("memory")]
     assert "at the peak" in good and "no estimate" in bad and "BaseModelError" in bad
 
@@ -196,7 +210,7 @@ def test_previews_decode_one_picture_at_a_time_with_offload(tmp_path: Path) -> N
     plan, _ = plan_of("sd", tmp_path)
     shown = ValidationConfig(validation_prompt=["a dog"], num_validation_images=4)
     plain, saving = (
-        phase_of(replace(plan, validation=replace(shown, enable_model_cpu_offload=offload)), "previews")
+        phase_of(with_options(plan, validation=replace(shown, enable_model_cpu_offload=offload)), "previews")
         for offload in (False, True)
     )
     assert saving["in turn"] < plain["VAE"] + plain["work"] and plain["denoiser"] == saving["denoiser"]

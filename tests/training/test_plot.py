@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from delora_diffusion.training.plot import PREVIEWS, curves_of, plot_run, told_once
+from delora_diffusion.training.plot import PREVIEWS, curves_of, merged, plot_run
 
 from ..runs import Run
 
@@ -61,8 +61,8 @@ def test_the_picture_shows_curves_the_best_and_the_previews(tmp_path: Path) -> N
 
 def test_curves_that_are_the_same_are_drawn_once_under_their_names() -> None:
     up, down = [(1, 0.0), (10, 1.0)], [(1, 1.0), (10, 0.0)]
-    assert told_once({"a": up, "b": down, "c": list(up)}) == {"a, c": tuple(up), "b": tuple(down)}
-    assert list(told_once({str(number): up for number in range(6)})) == ["0, 1, 4 more"]
+    assert merged({"a": up, "b": down, "c": list(up)}) == {"a, c": tuple(up), "b": tuple(down)}
+    assert list(merged({str(number): up for number in range(6)})) == ["0, 1, 4 more"]
 
 
 def test_the_best_and_what_the_photos_score_are_lines_at_their_places(

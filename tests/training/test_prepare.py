@@ -21,7 +21,8 @@ from delora_diffusion.data.encode import cache_latents
 from delora_diffusion.data.photos import instance_examples
 from delora_diffusion.families import Conditioning, family_of
 from delora_diffusion.training import prepare as stages
-from delora_diffusion.training.config import ValidationConfig
+from delora_diffusion.training.check import check
+from delora_diffusion.training.config import AdapterConfig, Options, TrainingConfig, ValidationConfig
 
 from ..runs import Run
 from ..tiny_families import BUILDERS, build
@@ -36,21 +37,18 @@ def saved(kind: str, folder: Path, **without: None) -> ModelConfig:
     """A tiny base of this kind on disk."""
     pipe = build(kind, folder / "parts")
     type(pipe)(**{**pipe.components, **without}).save_pretrained(folder / "base")
-    return ModelConfig(str(folder / "base"))
+    return ModelConfig(pretrained_model_name_or_path=str(folder / "base"))
 
 
 def prepared(model: ModelConfig, photos: Path, side: int = 16, **settings: Any) -> tuple[stages.Prepared, Any]:
     """What the script prepares, and the base read at once."""
     validation = ValidationConfig(validation_prompt=["a cat"], validation_num_inference_steps=2)
-    data = DataConfig(str(photos), "a sks dog", resolution=side, **settings)
-    whole = load_base(model, precision="no")
-    family = family_of(whole)
-    pipe = stages.begin(model, family, precision="no")
-    made = stages.prepare(
-        pipe, family, model=model, data=data, validation=validation, instances=instance_examples(data, seed=0),
-        train_text=False, seed=0, accelerator=ACCELERATOR,
+    data = DataConfig(instance_data_dir=str(photos), instance_prompt="a sks dog", resolution=side, **settings)
+    options = Options(
+        model=model, adapter=AdapterConfig(), data=data, training=TrainingConfig(output_dir=str(photos / "out")),
+        validation=validation,
     )  # fmt: skip
-    return made, whole
+    return stages.prepare(check(options, ACCELERATOR), ACCELERATOR), load_base(model, precision="no")
 
 
 def same(ours: Conditioning, theirs: Conditioning) -> bool:
@@ -77,7 +75,9 @@ def test_in_stages_a_base_is_what_it_is_at_once(kind: str, photos: Path, tmp_pat
     with torch.no_grad():
         assert made.texts.conditioning is not None
         assert same(made.texts.conditioning["a cat"], family.encode_prompt(whole, ["a cat"]))
-        examples = instance_examples(DataConfig(str(photos), "a sks dog", resolution=side), seed=0)
+        examples = instance_examples(
+            DataConfig(instance_data_dir=str(photos), instance_prompt="a sks dog", resolution=side), seed=0
+        )
         latents = cache_latents(stages.Cache(), whole.vae, examples, identity="")
     assert made.latents.keys() == latents.keys()
     assert all(torch.equal(made.latents[key]["mean"], latents[key]["mean"]) for key in latents)
@@ -148,7 +148,9 @@ def test_class_images_are_those_that_the_whole_pipeline_draws(photos: Path, tmp_
     model = saved("sdxl", tmp_path)
     prior = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 3}
     made, whole = prepared(model, photos, class_data_dir=str(folders[0]), **prior)
-    fill_class_folder(whole, folders[1], Prompts(["a dog"]), 3, size=16, seed=0, settings={"num_inference_steps": 2})
+    fill_class_folder(
+        whole, folders[1], Prompts(texts=["a dog"]), 3, size=16, seed=0, settings={"num_inference_steps": 2}
+    )
     pictures = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in folders]
     assert pictures[0] == pictures[1] and len(pictures[0]) == len(made.classes) == 3
     assert all(example.key(view) in made.latents for example in made.classes for view in example.views)
@@ -173,12 +175,7 @@ def test_captions_of_class_images_that_are_there_are_encoded(photos: Path, tmp_p
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_weights_are_read(
-    kind: str,
-    extra: list[str],
-    said: str,
-    run: Run,
-    tmp_path: Path,
-    capsys: Any,
+    kind: str, extra: list[str], said: str, run: Run, tmp_path: Path, capsys: Any
 ) -> None:
     model = saved(kind, tmp_path)
     for file in Path(model.pretrained_model_name_or_path).rglob("*.safetensors"):

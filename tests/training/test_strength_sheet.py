@@ -20,11 +20,11 @@ from delora_diffusion.evaluation.metrics import fidelity_scores
 from delora_diffusion.method.inject import delora_adapters, set_delora_adapters
 from delora_diffusion.reports.card import write_card
 from delora_diffusion.reports.table import read_report
-from delora_diffusion.run_folder import ADAPTER_NAME
+from delora_diffusion.run_folder import ADAPTER_NAME, RunFolder
 from delora_diffusion.sampling.generate import Prompts
-from delora_diffusion.training import strength_sheet as strengths
 from delora_diffusion.training.config import ValidationConfig
 from delora_diffusion.training.log import figures_by_step, read_log
+from delora_diffusion.training.preview import Previews
 from delora_diffusion.training.strength_sheet import draw_strengths
 
 from ..runs import Run, same, tensors
@@ -114,11 +114,17 @@ def test_strengths_are_multiples_of_the_weight_the_adapter_has_which_it_keeps(
 
     seen = []
     picture = Image.new("RGB", (16, 16))
-    monkeypatch.setattr(strengths, "draw_previews", lambda *_, **__: seen.append(weight()) or [[picture]])
-    draw_strengths(
-        pipe, {"unet": pipe.unet}, tmp_path, ValidationConfig(["a sks dog"], strength_sheet=[0.5, 1.5]),
-        Prompts(["a sks dog"]), Prompts([]), scorer=None, base=[], known=([], []), size=16, seed=0,
-    )  # fmt: skip
+    monkeypatch.setattr(Previews, "draw", lambda *_: seen.append(weight()) or [[picture]])
+    previews = Previews(
+        pipe=pipe,
+        run=RunFolder(tmp_path),
+        config=ValidationConfig(validation_prompt=["a sks dog"], strength_sheet=[0.5, 1.5]),
+        shown=Prompts(texts=["a sks dog"]),
+        unrelated=Prompts(texts=[]),
+        size=16,
+        seed=0,
+    )
+    draw_strengths(previews, {"unet": pipe.unet})
     assert seen == pytest.approx([0.4, 1.2]) and weight() == pytest.approx(0.8) and (tmp_path / SHEET).is_file()
 
 

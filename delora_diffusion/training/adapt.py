@@ -1,0 +1,80 @@
+"""From options to adapters: the configuration of each component, and the adapters in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..families import Family
+from ..method.config import ALL_LINEAR, PRESETS, DeloraConfig
+from ..method.inject import inject_delora
+from ..method.targets import excluding
+from ..seeds import derived_seed
+from .config import AdapterConfig, Options
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def denoiser_config(adapter: AdapterConfig, dead: Sequence[str]) -> DeloraConfig:
+    """The denoiser's, without the layers `dead` that do nothing."""
+    return DeloraConfig(
+        r=adapter.rank,
+        **_strength(adapter, adapter.delora_lambda),
+        target_modules=adapter.target_modules,
+        exclude_modules=excluding(adapter.exclude_modules, dead),
+        rank_pattern=adapter.rank_pattern,
+        lambda_pattern=adapter.lambda_pattern,
+        module_dropout=adapter.module_dropout,
+        bias=adapter.bias,
+        init_weights=adapter.init_weights,
+    )
+
+
+def text_encoder_config(adapter: AdapterConfig, dead: Sequence[str]) -> DeloraConfig:
+    """A text encoder's: names and patterns of layers are the denoiser's; here it is a preset, or the attention."""
+    strength = adapter.delora_lambda if adapter.text_encoder_lambda is None else adapter.text_encoder_lambda
+    return DeloraConfig(
+        r=adapter.text_encoder_rank or adapter.rank,
+        **_strength(adapter, strength),
+        target_modules=adapter.target_modules if adapter.target_modules in (*PRESETS, ALL_LINEAR) else None,
+        exclude_modules=excluding(None, dead),
+        module_dropout=adapter.module_dropout,
+        init_weights=adapter.init_weights,
+    )
+
+
+def adapt(pipe: DiffusionPipeline, family: Family, config: DeloraConfig, options: Options) -> dict[str, nn.Module]:
+    """Put an adapter into the denoiser, and into the text encoders that the pipeline still has: they are trained.
+
+    Args:
+        config: the denoiser's.
+
+    Returns:
+        The adapted components, in training mode, the denoiser first.
+    """
+    modules = {family.denoiser: getattr(pipe, family.denoiser)}
+    inject_delora(modules[family.denoiser], config, generator=_generator(options, 0))
+    encoders = [name for name in family.text_encoders if getattr(pipe, name, None) is not None]
+    for number, name in enumerate(encoders, start=1):
+        modules[name] = getattr(pipe, name)
+        text_config = text_encoder_config(options.adapter, family.dead_layers(name, modules[name]))
+        inject_delora(modules[name], text_config, generator=_generator(options, number))
+    for name, module in modules.items():
+        module.train()
+        if options.training.gradient_checkpointing and name == family.denoiser:
+            module.enable_gradient_checkpointing()
+        elif options.training.gradient_checkpointing:
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+    return modules
+
+
+def _strength(adapter: AdapterConfig, delora_lambda: float | None) -> dict[str, Any]:
+    return {"relative_lambda": adapter.relative_lambda} if delora_lambda is None else {"delora_lambda": delora_lambda}
+
+
+def _generator(options: Options, component: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derived_seed(options.training.seed, "init", component))

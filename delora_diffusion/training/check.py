@@ -1,0 +1,93 @@
+"""What can be refused is refused here, before anything large is read."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..base.config import ModelConfig
+from ..base.load import listed_in, load_base, outline
+from ..base.objective import Objective, TimestepSampling, objective_of
+from ..base.single_file import is_single_file
+from ..data.photos import Example, describe_sizes, instance_examples
+from ..data.prompts import read_prompts
+from ..families import Family, check_trainable
+from ..method.config import DeloraConfig
+from ..method.targets import target_linears
+from .adapt import denoiser_config
+from .config import Options
+from .output import check_output
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import DiffusionPipeline
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A run that nothing more speaks against; of its base only outlines are read.
+
+    Attributes:
+        options: with the prompts that files hold.
+        instances: the photos.
+        pipe: tokenizers, scheduler, and the denoiser's outline; the whole base where it is one file.
+        config: of the denoiser's adapter.
+    """
+
+    options: Options
+    instances: list[Example]
+    family: Family
+    pipe: DiffusionPipeline
+    objective: Objective
+    config: DeloraConfig
+
+
+def check(options: Options, accelerator: Accelerator) -> Checked:
+    """Refuse what can be refused now.
+
+    Raises:
+        DataError, OptionError, BaseModelError, FamilyError, ObjectiveError, DeloraConfigError: what is wrong first.
+    """
+    data, training, validation = options.data, options.training, options.validation
+    instances = instance_examples(data, seed=training.seed)
+    log.info("%s", describe_sizes(instances, data))
+    check_output(training)
+    measuring = validation.validation_dino or validation.validation_clip
+    world = read_prompts(validation.validation_world_prompt, option="validation_world_prompt") if measuring else []
+    prompts = read_prompts(validation.validation_prompt, option="validation_prompt")
+    validation = replace(validation, validation_prompt=prompts, validation_world_prompt=world)
+    family = check_trainable(listed_in(options.model), train_text_encoder=options.adapter.train_text_encoder)
+    pipe = begin(options.model, family, precision=accelerator.mixed_precision)
+    denoiser = getattr(pipe, family.denoiser)
+    config = denoiser_config(options.adapter, family.dead_layers(family.denoiser, denoiser))
+    target_linears(denoiser, config)
+    sampling = TimestepSampling(
+        kind=training.timestep_sampling,
+        logit_mean=training.logit_mean,
+        logit_std=training.logit_std,
+        mode_scale=training.mode_scale,
+        shift=training.timestep_shift,
+    )
+    return Checked(
+        options=replace(options, validation=validation),
+        instances=instances,
+        family=family,
+        pipe=pipe,
+        objective=objective_of(pipe.scheduler, sampling),
+        config=config,
+    )
+
+
+def begin(model: ModelConfig, family: Family, *, precision: str) -> Any:
+    """The base pipeline without weights: tokenizers, scheduler, and the denoiser's outline. One file is whole already.
+
+    Raises:
+        BaseModelError: nothing there, or not a pipeline.
+    """
+    if is_single_file(model.pretrained_model_name_or_path):
+        return load_base(model, precision=precision)
+    absent = dict.fromkeys(("vae", *family.text_encoders))
+    return load_base(model, precision=precision, given=absent | {family.denoiser: outline(model, family.denoiser)})
