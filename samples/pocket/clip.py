@@ -27,8 +27,9 @@ from world import COLOUR_NAMES, PLACE_NAMES, THING_NAMES, Labels, caption_of, sc
 WIDTH = 128
 NUMBERS = {name: k for k, name in enumerate((*THING_NAMES, *PLACE_NAMES, *COLOUR_NAMES, *MARKS))}
 PLACE_SLOT = torch.tensor([False, True, False, False])  # of thing, place, colour, marks: only the place may go unsaid
-KINDS = (0.25, 0.25, 0.15, 0.25, 0.1)  # shares of batches: any scenes, few places, things, colours, marks
-PLAN = Plan(steps=6000, minutes=90, batch=96, ema_decay=0.998, save_every=200)
+KINDS, VISION_KINDS = (0.25, 0.25, 0.15, 0.25, 0.1), (0.1, 0.15, 0.15, 0.5, 0.1)
+BOTH = Plan(steps=6000, minutes=90, batch=96, ema_decay=0.998, save_every=100)
+VISION = Plan(steps=20000, minutes=90, batch=96, muon_lr=0.01, adam_lr=1e-3, ema_decay=0.998, save_every=100)
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -96,26 +97,24 @@ def rows_by(labels: Sequence[Labels], key: Callable[[Labels], Hashable]) -> list
     return [np.array(rows) for shared, rows in groups.items() if shared is not None]
 
 
-def train_clip(work: Path, *, plan: Plan = PLAN) -> tuple[CLIPModel, CLIPTokenizer]:
-    """Train on scenes and captions; returns the EMA model and its tokenizer.
+def fit(
+    model: CLIPModel, tokenizer: CLIPTokenizer, work: Path, *, plan: Plan, kinds: Sequence[float], name: str
+) -> CLIPModel:
+    """Train on scenes and captions, checkpoint in WORK/<name>.pt; returns the EMA model.
 
-    Half of the batches show any scenes or three places; the others hold still most of what captions say, so that no
-    word can be left unread: six things, three pairs of colour and place (only the thing tells their captions apart),
-    or six marks.
+    Args:
+        kinds: shares of the kinds of batches: any scenes; three places; six things; three pairs of colour and place,
+            whose captions only the thing tells apart; six marks. Where most of what captions say is held still, no
+            word can be left unread.
     """
-    tokenizer = train_tokenizer()
     images, labels = load_images(work), load_labels(work)
-    groups = [(1, [np.arange(len(labels))])]
     shared = ((3, place_of), (6, thing_of), (3, colour_of), (6, mark_of))
-    groups += [(few, rows_by(labels, key)) for few, key in shared]
-
-    def rows_of(rng: np.random.Generator) -> np.ndarray:
-        few, rows = groups[int(rng.choice(len(groups), p=KINDS))]
-        chosen = rng.choice(len(rows), few, replace=False)
-        return np.concatenate([rng.choice(rows[k], plan.batch // few) for k in chosen])
+    groups = [(1, [np.arange(len(labels))]), *((few, rows_by(labels, key)) for few, key in shared)]
 
     def loss_of(model: nn.Module, rng: np.random.Generator, generator: torch.Generator) -> torch.Tensor:
-        rows = rows_of(rng)
+        few, group = groups[int(rng.choice(len(groups), p=kinds))]
+        chosen = rng.choice(len(group), few, replace=False)
+        rows = np.concatenate([rng.choice(group[k], plan.batch // few) for k in chosen])
         captions, said = zip(*(training_caption(labels[k], rng) for k in rows), strict=True)
         shown = code([labels[k] for k in rows])[:, None]
         stated = code(said)[None]
@@ -123,7 +122,23 @@ def train_clip(work: Path, *, plan: Plan = PLAN) -> tuple[CLIPModel, CLIPTokeniz
         x = degrade(to_tensor(images[rows]), generator).contiguous()
         return contrast(model, tokenize(tokenizer, list(captions)), x, fits=fits)
 
-    return train(new_clip(tokenizer), loss_of, plan=plan, checkpoint=work / "clip.pt").eval(), tokenizer
+    averaged = train(model, loss_of, plan=plan, checkpoint=work / f"{name}.pt")
+    assert isinstance(averaged, CLIPModel)
+    return averaged
+
+
+def train_clip(work: Path, *, minutes: float, vision_minutes: float) -> tuple[CLIPModel, CLIPTokenizer]:
+    """Both towers, then the vision tower alone, which has more to learn.
+
+    The text tower stays as it was after the first round, because the denoiser depends on it: it is saved by then.
+    """
+    tokenizer = train_tokenizer()
+    model = fit(new_clip(tokenizer), tokenizer, work, plan=replace(BOTH, minutes=minutes), kinds=KINDS, name="clip")
+    save_clip(model, tokenizer, work)
+    model.train().requires_grad_(True)
+    model.text_model.requires_grad_(False)
+    plan = replace(VISION, minutes=vision_minutes)
+    return fit(model, tokenizer, work, plan=plan, kinds=VISION_KINDS, name="clip_vision").eval(), tokenizer
 
 
 def code(labels: Sequence[Labels]) -> torch.Tensor:
@@ -209,9 +224,10 @@ def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, work: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=PLAN.minutes, help="of training, earlier runs included")
+    parser.add_argument("--minutes", type=float, default=BOTH.minutes, help="of both towers, earlier runs included")
+    parser.add_argument("--vision_minutes", type=float, default=VISION.minutes, help="of the vision tower alone")
     arguments = parser.parse_args()
     work = arguments.work
-    clip, clip_tokenizer = train_clip(work, plan=replace(PLAN, minutes=arguments.minutes))
+    clip, clip_tokenizer = train_clip(work, minutes=arguments.minutes, vision_minutes=arguments.vision_minutes)
     save_clip(clip, clip_tokenizer, work)
     print("clip, on unseen scenes:", accuracy(clip, clip_tokenizer))
