@@ -215,6 +215,8 @@ def fuse_delora(
                 linear.weight.data.copy_(weight)
             else:
                 layer.restore(linear)
+        for module in _adapted(pipe).values():
+            inject.update_hooks(module)
         raise
     return reports
 

@@ -38,7 +38,7 @@ from delora_diffusion.training.best import Best, preview_protocol, preview_score
 from delora_diffusion.training.check import Checked, check
 from delora_diffusion.training.checkpoint import CheckpointError
 from delora_diffusion.training.config import GROUPS, Options
-from delora_diffusion.training.log import TrainingLog, due
+from delora_diffusion.training.log import LOG_STEPS, TrainingLog, due
 from delora_diffusion.training.loop import Interrupted, Modules, TrainingError
 from delora_diffusion.training.output import clear_output
 from delora_diffusion.training.prepare import Prepared, content_of, examples_of, prepare, provenance_of
@@ -120,22 +120,28 @@ def train(checked: Checked, base: Prepared, modules: Modules, previews: Previews
         run_log.measured(state.step, result)
         return result.enough
 
+    unread = loop.Unread()
     with loop.stop_signals() as stopping, logging_redirect_tqdm(), run_log.bar:
         for step in range(state.step, training.max_train_steps):
             if due(step, options.validation.validation_steps) and preview():
                 break
             if step <= state.warmup:
                 loop.set_strength(modules, loop.ramp_weight(step, state.warmup))
-            part, batch = loop.step_gradients(
+            loss, batch = loop.step_gradients(
                 accelerator, parameters, examples, denoiser, checked.objective, training, step=step
             )
             if step == 0:
                 loop.warn_of_silent_layers(modules)
-            loss, stop = loop.agreed(accelerator, part, stopping)
-            loop.check_finite(loss, step, batch, previews.run.path)
-            loop.take_step(state, modules, training, accelerator, optimizer)
-            run_log.add(state.step, loss, state.rates, denoiser.module, last=state.step == training.max_train_steps)
-            if stop or due(state.step, training.checkpointing_steps):
+            failed = loop.take_step(state, modules, training, accelerator, optimizer, loss)
+            unread.note(state.step, loss, failed, batch)
+            run_log.bar.update()
+            line = due(state.step, LOG_STEPS) or state.step in (1, training.max_train_steps)
+            checkpoint = due(state.step, training.checkpointing_steps)
+            stop = bool(stopping) and accelerator.num_processes == 1
+            if line or checkpoint or stop or due(state.step, options.validation.validation_steps):
+                losses, stop = unread.read(accelerator, stopping, previews.run.path)
+                run_log.add(state.step, losses, state.rates, denoiser.module, line=line)
+            if stop or checkpoint:
                 loop.save(state, modules, options, accelerator)
             if stop:
                 raise Interrupted(f"stopped at step {state.step}; go on with --resume_from_checkpoint latest")

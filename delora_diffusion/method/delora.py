@@ -19,7 +19,7 @@ renamed, so checkpoints of the base load before or after injection, and any subc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
+from .forward_pass import ForwardPass
 from .lowrank import LowRank, added
 
 #: Norms are floored here, as in PEFT.
@@ -39,19 +40,24 @@ INIT_TENSOR_NAMES = ("delora_A_init", "delora_B_init", "delora_lambda_init")
 # ---- the formula --------------------------------------------------------------------------------
 
 
-def delora_factors(A: Tensor, B: Tensor, scale: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The update as a product of two thin matrices, dW = up @ down.
+def delora_factors(A: Tensor, B: Tensor, scale: Tensor, w: Tensor) -> LowRank:
+    """The update as a product of two thin matrices, dW = up @ down, of one layer or of a stack of layers (...).
 
     down = diag(1 / |a_i|) A diag(w) and up = B diag(scale / (r |b_i|)), with `scale` = lambda times the adapter's
     weight. Each is bounded, however long a_i and b_i have become, so both can be cast to half precision.
 
     Args:
-        A: (r, in). B: (out, r). scale: (1,). w: (in,), the column norms of the base weight. All fp32.
+        A: (..., r, in). B: (..., out, r). scale: (..., 1). w: (..., in), the base weight's column norms. All fp32.
 
     Returns:
-        down (r, in) and up (out, r).
+        down (..., r, in) and up (..., out, r).
     """
-    return A * (w / _row_norms(A)[:, None]), B * (scale / (A.shape[0] * _row_norms(B.T)))
+    return _factors(A, B, scale, w, _norms(A, -1), _norms(B, -2))
+
+
+def _factors(A: Tensor, B: Tensor, scale: Tensor, w: Tensor, a: Tensor, b: Tensor) -> LowRank:
+    """The formula, given the floored norms a and b (..., r)."""
+    return LowRank(A * (w[..., None, :] / a[..., :, None]), B * (scale / A.shape[-2] / b)[..., None, :])
 
 
 def factors_of(tensors: Mapping[str, Tensor], weight: Tensor | float = 1.0) -> LowRank:
@@ -62,76 +68,105 @@ def factors_of(tensors: Mapping[str, Tensor], weight: Tensor | float = 1.0) -> L
         weight: strength; lambda is multiplied by it.
     """
     w = tensors["delora_w_norm"]
-    down, up = delora_factors(tensors["delora_A"], tensors["delora_B"], tensors["delora_lambda"] * weight, w)
+    update = delora_factors(tensors["delora_A"], tensors["delora_B"], tensors["delora_lambda"] * weight, w)
     if "delora_A_init" in tensors:
         scale = -tensors["delora_lambda_init"] * weight
-        down_0, up_0 = delora_factors(tensors["delora_A_init"], tensors["delora_B_init"], scale, w)
-        return added([LowRank(down, up), LowRank(down_0, up_0)])
-    return LowRank(down, up)
+        return added([update, delora_factors(tensors["delora_A_init"], tensors["delora_B_init"], scale, w)])
+    return update
 
 
-def _row_norms(matrix: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(matrix, dim=1)
+def _norms(matrices: Tensor, dim: int) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(matrices, dim=dim)
     return norms.clamp(min=NORM_FLOOR)
 
 
-class _AddUpdate(torch.autograd.Function):
-    """y + x dW^T, keeping only x, x down^T and the parameters for the backward pass.
+class _FormFactors(torch.autograd.Function):
+    """The factors of n adapters of one shape, in a few operations and one node of the graph.
 
-    Autograd on `delora_factors` would keep several (r, in) and (out, r) temporaries for every layer; here they are
-    formed again in the backward pass, so an adapter keeps as much as a LoRA does. `x` is kept as it came, which lets
-    q, k and v of one attention share it.
+    It keeps the parameters, which are there anyway, and their norms, and stacks them again in the backward pass. Its
+    inputs are weights and w, stacked, and n times A, B and lambda; its outputs n times `down`, then n times `up`, one
+    by one, so that the gradients of layers that read them arrive as they are.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, lam: Tensor, weight: Tensor, w: Tensor
-    ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # the layer has chosen the dtype of y: keep to it
-            down, up = delora_factors(A, B, lam * weight, w)
-            h = x.to(y.dtype).reshape(-1, x.shape[-1]) @ down.to(y.dtype).T
-            result = torch.addmm(y.reshape(-1, y.shape[-1]), h, up.to(y.dtype).T).view(y.shape)
-        trained = any(ctx.needs_input_grad[2:5])
-        ctx.save_for_backward(*((x, h) if trained else (None, None)), A, B, lam, weight, w)
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        return result
+        ctx: Any, owner: Any, dtype: torch.dtype, weight: Tensor, w: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        n = len(w)
+        A, B, lam = (torch.stack(tensors[k * n : (k + 1) * n]) for k in range(3))
+        a, b = _norms(A, -1), _norms(B, -2)
+        down, up = _factors(A, B, lam * weight, w, a, b)
+        ctx.save_for_backward(a, b, lam, weight, w, *tensors[: 2 * n])
+        ctx.owner = owner  # lives as long as this node of the graph does
+        ctx.set_materialize_grads(False)
+        return *down.to(dtype).unbind(), *up.to(dtype).unbind()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_y,) = grads
-        x, h, A, B, lam, weight, w = ctx.saved_tensors
-        grad_x = None
-        with torch.autocast(grad_y.device.type, enabled=False):
-            down, up = delora_factors(A, B, lam * weight, w)
-            g = grad_y.reshape(-1, grad_y.shape[-1])
-            grad_h = g @ up.to(g.dtype)
-            if ctx.needs_input_grad[0]:
-                grad_x = (grad_h @ down.to(g.dtype)).view(ctx.x_shape).to(ctx.x_dtype)
-            if x is None:
-                return grad_x, grad_y, None, None, None, None, None
-            grad_down = (grad_h.T @ x.to(g.dtype).reshape(-1, x.shape[-1])).float()
-            grad_up = (g.T @ h).float()
-            return grad_x, grad_y, *_factor_gradients(A, B, lam, weight, w, grad_down, grad_up), None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The chain rule through `delora_factors`; a floored norm is constant.
+
+        With D_i = w grad_down_i, U_i = grad_up[:, i] and s_i = weight lambda / (r |b_i|):
+        dA_i = (D_i - <D_i, a_i> a_i / |a_i|^2) / |a_i|,  dB_i = (U_i - <U_i, b_i> b_i / |b_i|^2) s_i,
+        dlambda = sum_i <U_i, b_i> s_i / lambda.
+        """
+        a, b, lam, weight, w, *tensors = ctx.saved_tensors
+        n = len(w)
+        A, B = torch.stack(tensors[:n]), torch.stack(tensors[n:])
+        D, U = _stacked(grads[:n], A) * w[:, None, :], _stacked(grads[n:], B)
+        along_b, per_lambda = (U * B).sum(-2), weight / A.shape[-2] / b
+        pull_a = (D * A).sum(-1) * ((a > NORM_FLOOR) / a.square())
+        pull_b = along_b * ((b > NORM_FLOOR) / b.square())
+        grad_A = torch.addcmul(D, A, pull_a[:, :, None], value=-1) / a[:, :, None]
+        grad_B = torch.addcmul(U, B, pull_b[:, None, :], value=-1) * (per_lambda * lam)[:, None, :]
+        grad_lam: Sequence[Tensor | None] = [None] * n
+        if any(ctx.needs_input_grad[-n:]):
+            grad_lam = (along_b * per_lambda).sum(-1, keepdim=True).unbind()
+        found: list[Tensor | None] = [*grad_A.unbind(), *grad_B.unbind(), *grad_lam]
+        for place in range(n):
+            if grads[place] is None and grads[n + place] is None:  # a layer that nobody called
+                found[place] = found[n + place] = found[2 * n + place] = None
+        return None, None, None, None, *found
 
 
-def _factor_gradients(
-    A: Tensor, B: Tensor, lam: Tensor, weight: Tensor, w: Tensor, grad_down: Tensor, grad_up: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The chain rule through `delora_factors`: gradients with respect to A, B and lambda.
+def _stacked(grads: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """Gradients as one fp32 tensor shaped as `like`; zeros where none came."""
+    return torch.stack([torch.zeros_like(like[0]) if grad is None else grad for grad in grads]).float()
 
-    With D_i = grad_down_i w, U_i = grad_up[:, i] and s_i = weight lambda / (r |b_i|), a floored norm being constant:
-    dA_i = (D_i - <D_i, a_i> a_i / |a_i|^2) / |a_i|,  dB_i = (U_i - <U_i, b_i> b_i / |b_i|^2) s_i,
-    dlambda = sum_i <U_i, b_i> s_i / lambda.
+
+def form_factors(
+    adapters: Sequence[DeloraAdapter], *, dtype: torch.dtype, scale: float = 1.0, owner: Any = None
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """`down` and `up` of adapters of one shape, each (r, in) and (out, r), twice the rank for residual ones.
+
+    Args:
+        dtype: in which layers will read them; they are formed in fp32.
+        scale: multiplies every adapter's weight.
+        owner: kept alive by the graph, until its backward pass is over.
     """
-    a, b = _row_norms(A), _row_norms(B.T)
-    along_a, along_b = (grad_down * w * A).sum(1), (grad_up * B).sum(0)
-    pull_a = torch.where(a > NORM_FLOOR, along_a / a.square(), 0.0)
-    pull_b = torch.where(b > NORM_FLOOR, along_b / b.square(), 0.0)
-    per_lambda = weight / (A.shape[0] * b)
-    grad_A = (grad_down * w - A * pull_a[:, None]) / a[:, None]
-    grad_B = (grad_up - B * pull_b) * (per_lambda * lam)
-    return grad_A, grad_B, (along_b * per_lambda).sum().reshape(1)
+    weight = torch.stack([adapter._buffers["delora_weight"] for adapter in adapters])  # type: ignore[misc]
+    w = torch.stack([adapter._buffers["delora_w_norm"] for adapter in adapters])  # type: ignore[misc]
+    weight = weight if scale == 1 else weight * scale
+    tensors = [adapter._parameters[name] for name in TENSOR_NAMES[:3] for adapter in adapters]
+    formed: tuple[Tensor, ...] = _FormFactors.apply(owner, dtype, weight, w, *tensors)  # type: ignore[no-untyped-call]
+    down: Sequence[Tensor] = formed[: len(adapters)]
+    up: Sequence[Tensor] = formed[len(adapters) :]
+    if adapters[0].is_residual:
+        with torch.no_grad():
+            A, B, lam = (torch.stack([getattr(adapter, leaf) for adapter in adapters]) for leaf in INIT_TENSOR_NAMES)
+            start = delora_factors(A, B, -lam * weight, w)
+        down = [torch.cat(pair) for pair in zip(down, start.down.to(dtype), strict=True)]
+        up = [torch.cat(pair, dim=1) for pair in zip(up, start.up.to(dtype), strict=True)]
+    return down, up
+
+
+def add_low_rank(x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """y + x (up @ down)^T: x (..., in), y (..., out), down and up in y's dtype. A LoRA keeps as much for backward."""
+    if torch.is_autocast_enabled(x.device.type):  # the layer has chosen the dtype of y: keep to it
+        with torch.autocast(x.device.type, enabled=False):
+            return add_low_rank(x, y, down, up)
+    h = (x if x.dtype is y.dtype else x.to(y.dtype)).reshape(-1, x.shape[-1]).mm(down.t())
+    return torch.addmm(y.reshape(-1, y.shape[-1]), h, up.t()).view(y.shape)
 
 
 # ---- one adapter, and all adapters of one Linear -------------------------------------------------
@@ -189,18 +224,16 @@ class DeloraAdapter(nn.Module):
         """Whether the initial update is subtracted (init_weights="residual")."""
         return "delora_A_init" in self._buffers
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the update's output: x (..., in), y = W x + b (..., out) -> y + dW x, in y's dtype."""
-        if self.dropout is not None:
-            x = self.dropout(x)
-        y = self._add(x, y, self.delora_A, self.delora_B, self.delora_lambda)
-        if self.is_residual:
-            y = self._add(x, y, self.delora_A_init, self.delora_B_init, -self.delora_lambda_init)
-        return y
+    def forward(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+        """Add the update's output with factors formed here: x (..., in), y = W x + b (..., out) -> y + dW x."""
+        down, up = self.factors()
+        return add_low_rank(x, y, down.to(y.dtype), (up * scale if scale != 1 else up).to(y.dtype))
 
-    def _add(self, x: Tensor, y: Tensor, A: Tensor, B: Tensor, lam: Tensor) -> Tensor:
-        result: Tensor = _AddUpdate.apply(x, y, A, B, lam, self.delora_weight, self.delora_w_norm)  # type: ignore[no-untyped-call]
-        return result
+    def kind(self) -> tuple[Any, ...]:
+        """What adapters have in common whose factors can be formed together: sizes, start and device."""
+        A, B = self._parameters["delora_A"], self._parameters["delora_B"]
+        assert A is not None and B is not None
+        return A.shape[0], A.shape[1], B.shape[0], self.is_residual, A.device
 
     def factors(self) -> LowRank:
         """The update at the current weight; its rank is 2r for a residual adapter."""
@@ -225,7 +258,11 @@ class DeloraAdapter(nn.Module):
 
 
 class DeloraLayer(nn.Module):
-    """All adapters of one Linear. `active` ones add their update, unless they are merged or everything is disabled."""
+    """All adapters of one Linear. `active` ones add their update, unless they are merged or everything is disabled.
+
+    During a forward pass of the adapted module `factors` holds what was formed for it, and `scale` what it was asked
+    for. A layer that is called by itself forms its own.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,18 +272,29 @@ class DeloraLayer(nn.Module):
         self.enabled = True
         self.base_weight: Tensor | None = None  # W, while the Linear holds a merged weight
         self.hook: RemovableHandle | None = None
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.scale = 1.0
 
     def __getitem__(self, name: str) -> DeloraAdapter:
         adapter = self.adapters[name]
         assert isinstance(adapter, DeloraAdapter)
         return adapter
 
+    def acting(self) -> tuple[str, ...]:
+        """The adapters that add their update beside the weight."""
+        return tuple(name for name in self.active if name not in self.merged) if self.enabled else ()
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y = W x + b (..., out) plus the updates of the active adapters."""
-        if self.enabled:
-            for name in self.active:
-                if name not in self.merged:
-                    y = self[name](x, y)
+        again = None if torch.compiler.is_compiling() else ForwardPass.computed_again(self)
+        for name in self.acting() if again is None else again.acting[self]:
+            adapter = self[name]
+            factors = self.factors.get(name) if again is None else again.factors(self, name)
+            x_in = x if adapter.dropout is None else adapter.dropout(x)
+            if factors is None or factors[0].dtype != y.dtype:
+                y = adapter(x_in, y, self.scale)
+            else:
+                y = add_low_rank(x_in, y, *factors)
         return y
 
     @torch.no_grad()
@@ -257,9 +305,11 @@ class DeloraLayer(nn.Module):
             self.base_weight, self.merged = None, {}
 
 
-def add_update(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def add_update(linear: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor) -> Tensor:
     """The forward hook of an adapted Linear."""
-    result: Tensor = linear.delora(args[0], output)  # type: ignore[operator]
+    x = args[0] if args else kwargs["input"]
+    layer: Any = linear._modules["delora"]
+    result: Tensor = layer.forward(x, output)
     return result
 
 

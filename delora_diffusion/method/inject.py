@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .block_weights import Weight, layer_weights, listed, one_each
 from .config import DeloraConfig
 from .delora import DeloraAdapter, DeloraLayer, add_update, base_weight
+from .stack import end_forward, start_forward
 from .targets import target_linears, within
 
 # ---- injecting and removing ----------------------------------------------------------------------
@@ -27,6 +30,8 @@ class Record:
     trained_in_full: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)  # adapter -> name -> its value
     base_values: dict[str, nn.Parameter] = field(default_factory=dict)  # parameters that a value above stands in for
     enabled: bool = True  # False: no adapter acts, and the base's own parameters are in
+    layers: list[tuple[nn.Linear, DeloraLayer]] = field(default_factory=list)  # that are adapted
+    hooks: list[RemovableHandle] = field(default_factory=list)  # of the module itself
 
 
 def inject_delora(
@@ -72,11 +77,11 @@ def inject_delora(
         if not hasattr(linear, "delora"):
             layer = linear.delora = DeloraLayer()
             layer.enabled = record.enabled
-            layer.hook = linear.register_forward_hook(add_update)
         layer_of(linear).adapters[adapter_name] = adapters[name].train(linear.training)
     record.configs[adapter_name] = config
     record.trained_in_full[adapter_name] = full
     module._delora = record  # type: ignore[assignment]
+    update_hooks(module)
     set_delora_adapters(module, adapter_name)
     return list(targets)
 
@@ -141,10 +146,44 @@ def remove_delora(module: nn.Module, adapter_name: str | None = None) -> None:
             del linear.delora
     for name in names:
         del record.configs[name], record.trained_in_full[name]
+    update_hooks(module)
     if not record.configs:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
         del module._delora
+
+
+def update_hooks(module: nn.Module) -> None:
+    """Let hooks be where adapters can act beside the weights: on such layers, and on the module, which forms all their
+    factors. Where every adapter is merged there are none, and a forward costs what the base's costs."""
+    record = record_of(module)
+    record.layers = adapted_layers(module)
+    beside = False
+    for linear, layer in record.layers:
+        needed = any(name not in layer.merged for name in layer.adapters)
+        if layer.hook is not None and not needed:
+            layer.hook.remove()
+            layer.hook = None
+        elif layer.hook is None and needed:
+            layer.hook = linear.register_forward_hook(add_update, with_kwargs=True)
+            forget_compiled()
+        beside |= needed
+    if beside and not record.hooks:
+        record.hooks = [
+            module.register_forward_pre_hook(start_forward, with_kwargs=True),
+            module.register_forward_hook(end_forward, always_call=True),
+        ]
+    elif record.hooks and not beside:
+        for hook in record.hooks:
+            hook.remove()
+        record.hooks = []
+
+
+def forget_compiled() -> None:
+    """Let what torch.compile has compiled be compiled again: it does not see that a module has got a hook."""
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    if frames is not None and frames.FRAME_COUNTER:
+        torch._dynamo.reset()
 
 
 @contextlib.contextmanager

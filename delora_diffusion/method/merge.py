@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,11 +16,16 @@ from .inject import (
     active_delora_adapters,
     adapted_layers,
     delora_layers,
+    delora_names,
     known_adapter,
     layer_of,
     record_of,
     remove_delora,
+    update_hooks,
 )
+from .lowrank import LowRank, added
+
+Plan = list[tuple[str, nn.Linear, DeloraLayer, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ def merge_delora(
 ) -> MergeReport:
     """Add the updates of adapters (the active ones if None) to the weights: in fp32, with one cast at the end.
 
-    Every layer is checked before the first is touched. The base weights are kept for `unmerge_delora`, unless
-    `permanently`: then layer by layer is replaced, nothing is kept, and all adapters are removed.
+    All layers are merged or, where one would not be finite, none. The base weights are kept for `unmerge_delora`,
+    unless `permanently`: then layer by layer is replaced, nothing is kept, and all adapters are removed.
 
     Args:
         scale: multiplies the weight of every adapter that is merged.
@@ -59,32 +63,42 @@ def merge_delora(
     record = record_of(module)
     names = active_delora_adapters(module) if adapter_names is None else listed(adapter_names)
     plan = _plan(module, record, names, scale=scale, permanently=permanently)
-    for path, linear, layer, merged in plan:
-        if not _merged_weight(linear, layer, merged).to(dtype or linear.weight.dtype).isfinite().all():
-            raise ValueError(f"merging {names} gives values that are not finite in {path}; no layer was changed")
+    updates = [_update(layer, merged) for _, _, layer, merged in plan]
     if permanently:
+        _check_fits(plan, updates, names, dtype)
         _swap_in(module, record, list(dict.fromkeys(n for *_, merged in plan for n in merged)))
-    lost = size = 0.0
-    for _, linear, layer, merged in plan:
-        exact = _merged_weight(linear, layer, merged)
-        base = linear.weight.detach() if layer.base_weight is None else layer.base_weight
-        size += float((exact - base.float()).square().sum())
+    before = [(layer, layer.base_weight, layer.merged) for _, _, layer, _ in plan]
+    sizes, losses, ranges = [], [], []
+    for (_, linear, layer, merged), update in zip(plan, updates, strict=True):
+        base, kept = base_weight(linear), layer.base_weight
+        exact = torch.addmm(base, update.up, update.down)
         cast = exact.to(dtype or linear.weight.dtype)
-        lost += float((cast.float() - exact).square().sum())
+        sizes.append(update.norm().double())
+        if cast is exact:
+            ranges.append((exact.amax() - exact.amin()).double())
+        else:  # what is lost is not finite where the sum is not
+            losses.append(torch.linalg.vector_norm(exact.sub_(base.copy_(cast))).double())
+            ranges.append(losses[-1])
         if permanently:
             layer.base_weight, layer.merged = None, {}
         else:
-            layer.base_weight, layer.merged = base.clone() if layer.base_weight is None else base, merged
+            layer.base_weight = linear.weight.detach().clone() if kept is None else kept
+            layer.merged = merged
         if cast.dtype == linear.weight.dtype:  # in place: new tensors beside old ones would fragment the memory
             linear.weight.copy_(cast)
         else:
             linear.weight.data = cast
+    fits = torch.stack(ranges).isfinite().tolist() if ranges else []
+    wrong = [path for (path, *_), fit in zip(plan, fits, strict=True) if not fit]
+    if wrong and not permanently:
+        _undo(plan, before)
+        raise ValueError(f"merging {names} gives values that are not finite in {wrong[0]}; no layer was changed")
     if permanently:
         _forget_base(module, record)
-    return MergeReport(layers=len(plan), rounding_loss=math.sqrt(lost / size) if size else 0.0)
-
-
-Plan = list[tuple[str, nn.Linear, DeloraLayer, dict[str, float]]]
+    else:
+        update_hooks(module)
+    size, lost = (float(torch.stack(parts).norm()) if parts else 0.0 for parts in (sizes, losses))
+    return MergeReport(layers=len(plan), rounding_loss=lost / size if size else 0.0)
 
 
 def _plan(module: nn.Module, record: Record, names: Sequence[str], *, scale: float, permanently: bool) -> Plan:
@@ -107,17 +121,35 @@ def _plan(module: nn.Module, record: Record, names: Sequence[str], *, scale: flo
     return plan
 
 
-def _merged_weight(linear: nn.Linear, layer: DeloraLayer, merged: dict[str, float]) -> Tensor:
-    """W plus the updates of the adapters in `merged`, each at its weight, in fp32."""
-    weight = base_weight(linear)
+def _update(layer: DeloraLayer, merged: dict[str, float]) -> LowRank:
+    """The sum of the updates of the adapters in `merged`, each at its weight, in fp32."""
+    parts = []
     for name, value in merged.items():
-        adapter = layer[name]
-        down, up = adapter.factors()
-        current = float(adapter.delora_weight)
-        if current != value:
-            up = up * (value / current) if current else up
-        weight = torch.addmm(weight, up, down)
-    return weight
+        current = float(layer[name].delora_weight)
+        factors = layer[name].factors()
+        parts.append(factors.scaled(value / current if current else 1.0) if current != value else factors)
+    return added(parts)
+
+
+def _check_fits(plan: Plan, updates: Sequence[LowRank], names: Sequence[str], dtype: torch.dtype | None) -> None:
+    """Refuse a merge that could not be undone and would not be finite. Sizes tell: |W + dW| <= max |W| + |dW|_F."""
+    for (path, linear, _, _), update in zip(plan, updates, strict=True):
+        cast = dtype or linear.weight.dtype
+        low, high = torch.aminmax(linear.weight)
+        if bool(high.float() - low.float() + update.norm() < torch.finfo(cast).max):
+            continue
+        if not torch.addmm(base_weight(linear), update.up, update.down).to(cast).isfinite().all():
+            raise ValueError(f"merging {names} gives values that are not finite in {path}; no layer was changed")
+
+
+def _undo(plan: Plan, before: Sequence[tuple[DeloraLayer, Tensor | None, dict[str, float]]]) -> None:
+    """Put back what was in the weights: the base's, or that and what had been merged before."""
+    for (_, linear, _, _), (layer, kept, merged) in zip(plan, before, strict=True):
+        layer.restore(linear)
+        if kept is not None:
+            layer.base_weight, layer.merged = kept, merged
+            update = _update(layer, merged)
+            linear.weight.copy_(torch.addmm(kept.float(), update.up, update.down).to(linear.weight.dtype))
 
 
 @torch.no_grad()
@@ -125,6 +157,8 @@ def unmerge_delora(module: nn.Module) -> None:
     """Restore the weights of the base, bit for bit. Does nothing where nothing is merged."""
     for linear, layer in adapted_layers(module):
         layer.restore(linear)
+    if delora_names(module):
+        update_hooks(module)
 
 
 def _forget_base(module: nn.Module, record: Record) -> None:

@@ -35,7 +35,9 @@ class AdapterConfig:
     )
     init_weights: str = option("zero", "start of A and B", choices=INIT_CHOICES)
     lambda_warmup_steps: int | None = option(
-        None, "ramp the strength linearly from 0 over this many steps; unset: half of max_train_steps", resume="free"
+        None,
+        "ramp the strength linearly from 0 over this many steps; unset: a tenth of max_train_steps",
+        resume="free",
     )
     module_dropout: float = option(0.0, "dropout on the adapters' inputs")
     target_modules: str | list[str] | None = option(

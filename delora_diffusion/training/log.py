@@ -74,18 +74,17 @@ class TrainingLog:
             with complete_file(path) as aside:
                 aside.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
 
-    def add(self, step: int, loss: float, rates: list[float], denoiser: nn.Module, *, last: bool) -> None:
-        """Note a step; every so many, the means of loss and |dW|/|W| since the line before."""
+    def add(self, step: int, losses: Sequence[float], rates: list[float], denoiser: nn.Module, *, line: bool) -> None:
+        """Note the steps up to `step`; with `line`, write the means of loss and |dW|/|W| since the line before."""
         if self.path is None:
             return
-        self.losses.append(loss)
+        self.losses += losses
         self.fresh = {}
-        shown = {}
-        if due(step, LOG_STEPS) or last or step == 1:
+        if line:
             norms, lambdas = update_norms(denoiser), current_lambdas(denoiser)
             mean_loss, mean_norm = _mean(self.losses), _mean(norms.values())
             pace = (time.perf_counter() - self.since) / len(self.losses)
-            line = {
+            content = {
                 "step": step,
                 "loss": round(mean_loss, 6),
                 "update_norm": round(mean_norm, 6),
@@ -94,11 +93,9 @@ class TrainingLog:
                 **_by_block("update_norm", norms),
                 **_by_block("lambda", lambdas),
             }
-            self._write(line, line)
+            self._write(content, content)
             self.losses, self.since = [], time.perf_counter()
-            shown = {"loss": f"{mean_loss:.4f}", "|dW|/|W|": f"{mean_norm:.4f}"}
-        self._show(shown)
-        self.bar.update()
+            self._show({"loss": f"{mean_loss:.4f}", "|dW|/|W|": f"{mean_norm:.4f}"})
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

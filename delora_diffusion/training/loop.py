@@ -94,7 +94,7 @@ def new_state(modules: Modules, options: Options, *, processes: int, identity: M
     set_lengths(modules, training)
     optimizer = make_optimizer(modules, training)
     parameters = trained_parameters(modules)
-    warmup = training.max_train_steps // 2 if adapter.lambda_warmup_steps is None else adapter.lambda_warmup_steps
+    warmup = training.max_train_steps // 10 if adapter.lambda_warmup_steps is None else adapter.lambda_warmup_steps
     constant = training.lr_scheduler.startswith("constant")
     return TrainingState(
         parameters=parameters,
@@ -185,7 +185,7 @@ def step_gradients(
     """Leave the gradient of one optimiser step on `parameters`, added up over accumulated batches and processes.
 
     Returns:
-        This process's part of the step's loss, and the whole step's batch.
+        The step's loss, on the device, and its batch.
     """
     rank, world, size = accelerator.process_index, accelerator.num_processes, training.train_batch_size
     whole = picks(examples, seed=training.seed, step=step, count=size * training.gradient_accumulation_steps * world)
@@ -201,59 +201,95 @@ def step_gradients(
             )
         accelerator.backward(loss)
         total += loss.detach()
-    _sum_gradients(accelerator, parameters)
-    return total, [p for place in whole for p in place]
+    return _sum_gradients(accelerator, parameters, total), [p for place in whole for p in place]
 
 
-def _sum_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Add up the gradients of all processes: one message for all adapters, which are small."""
+def _sum_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+    """Add up the gradients and losses of all processes: one message for all adapters, which are small."""
     if accelerator.num_processes == 1:
-        return
+        return loss
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), "sum")
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+    own = [*(p.grad.flatten() for p in parameters if p.grad is not None), loss.reshape(1).float()]
+    *parts, total = accelerator.reduce(torch.cat(own), "sum").split([*(p.numel() for p in parameters), 1])
+    for p, part in zip(parameters, parts, strict=True):
         p.grad = part.view_as(p).clone()
+    summed: Tensor = total.squeeze()
+    return summed
 
 
 def take_step(
-    state: TrainingState, modules: Modules, training: TrainingConfig, accelerator: Accelerator, optimizer: Any
-) -> None:
-    """Move the parameters by the gradients that they hold, and take these away.
+    state: TrainingState,
+    modules: Modules,
+    training: TrainingConfig,
+    accelerator: Accelerator,
+    optimizer: Any,
+    loss: Tensor,
+) -> Tensor:
+    """Move the parameters by the gradients that they hold, unless these or the loss are not finite; take them away.
+
+    Nothing waits for the device: the optimiser is told on the device whether to move anything, where it can be.
 
     Args:
         optimizer: the state's, as accelerate has prepared it.
+
+    Returns:
+        Whether the step failed, on the device. (Gradients that only overflow in fp16 are the scaler's business.)
     """
     relative_gradients(modules)
+    gradients = [p.grad for p in state.parameters.values() if p.grad is not None]
     if training.max_grad_norm:
-        accelerator.clip_grad_norm_(list(state.parameters.values()), training.max_grad_norm)
-    optimizer.step()
+        norm = accelerator.clip_grad_norm_(list(state.parameters.values()), training.max_grad_norm)
+    else:
+        norm = torch.nn.utils.get_total_norm(gradients)
+    scaled = accelerator.scaler is not None
+    failed = ~loss.isfinite() if scaled else ~(loss.isfinite() & norm.isfinite())
+    if not scaled and state.optimizer.defaults.get("fused"):
+        state.optimizer.found_inf = failed.float()  # type: ignore[attr-defined]
+    if scaled or state.optimizer.defaults.get("fused") or not bool(failed):
+        optimizer.step()
     optimizer.zero_grad()
     state.schedule.step()
     if state.ema is not None:
         ema_update(state.ema, state.parameters, training.ema_decay, state.step)
     state.step += 1
+    return failed
 
 
-def agreed(accelerator: Accelerator, part: Tensor, stopping: Sequence[int]) -> tuple[float, bool]:
-    """The step's loss from every process's part of it, and whether one of them has been asked to stop."""
-    gathered = torch.stack([part, part.new_tensor(float(len(stopping)))])
-    loss, stop = accelerator.reduce(gathered, "sum").tolist()
-    return loss, bool(stop)
+class Unread:
+    """What steps left on the device and nobody has looked at yet: looking at it waits for the device."""
 
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.failed: list[Tensor] = []
+        self.batches: list[tuple[int, Sequence[Pick]]] = []
 
-def check_finite(loss: float, step: int, batch: Sequence[Pick], out: Path) -> None:
-    """Refuse a loss that is not finite.
+    def note(self, step: int, loss: Tensor, failed: Tensor, batch: Sequence[Pick]) -> None:
+        """Add what step number `step`, counted from 1, left."""
+        self.losses.append(loss.float())
+        self.failed.append(failed)
+        self.batches.append((step, batch))
 
-    Raises:
-        TrainingError: naming the images.
-    """
-    if not math.isfinite(loss):
-        names = ", ".join(sorted({str(p.example.path) for p in batch}))
-        raise TrainingError(
-            f"the loss is {loss} at step {step + 1}, on {names}; the checkpoints in {out} are as they were. Look at "
-            f"these images, lower learning_rate or delora_lambda, or train with mixed_precision bf16 or no"
-        )
+    def read(self, accelerator: Accelerator, stopping: Sequence[int], out: Path) -> tuple[list[float], bool]:
+        """The losses of the steps since the last look, and whether any process has been asked to stop.
+
+        Raises:
+            TrainingError: a step that failed; it changed nothing. Its images are named.
+        """
+        asked = torch.tensor([float(len(stopping))], device=accelerator.device)
+        asked = accelerator.reduce(asked, "sum") if accelerator.num_processes > 1 else asked
+        values = torch.stack([*self.losses, *(one.float() for one in self.failed), *asked]).tolist()
+        losses, failed = values[: len(self.losses)], values[len(self.losses) : -1]
+        for loss, wrong, (step, batch) in zip(losses, failed, self.batches, strict=True):
+            if wrong:
+                what = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
+                names = ", ".join(sorted({str(p.example.path) for p in batch}))
+                raise TrainingError(
+                    f"{what} at step {step}, on {names}; the checkpoints in {out} are as they were. Look at these "
+                    f"images, lower learning_rate or delora_lambda, or train with mixed_precision bf16 or no"
+                )
+        self.losses, self.failed, self.batches = [], [], []
+        return losses, bool(values[-1])
 
 
 def warn_of_silent_layers(modules: Modules) -> None:

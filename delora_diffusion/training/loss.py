@@ -68,7 +68,7 @@ def picks(examples: Examples, *, seed: int, step: int, count: int) -> list[list[
 def _pick(group: Sequence[Example], seed: int, position: int, kind: str) -> Pick:
     epoch, place = divmod(position, len(group))
     order = torch.randperm(len(group), generator=torch.Generator().manual_seed(derived_seed(seed, kind, epoch)))
-    example = group[int(order[place])]
+    example = group[order.tolist()[place]]
     pick_seed = derived_seed(seed, kind, "pick", position)
     return Pick(
         example=example,

@@ -57,7 +57,7 @@ def make_optimizer(modules: Mapping[str, nn.Module], training: TrainingConfig) -
         groups.append({"params": lambdas, "lr": training.learning_rate if shared else training.lambda_learning_rate})
     betas = (training.adam_beta1, training.adam_beta2)
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=betas, eps=training.adam_epsilon, weight_decay=0.0)
+        return torch.optim.AdamW(groups, betas=betas, eps=training.adam_epsilon, weight_decay=0.0, fused=True)
     if training.optimizer == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
@@ -107,12 +107,16 @@ def relative_gradients(modules: Mapping[str, nn.Module]) -> None:
     first minibatch's gradient is up to 10^4 times the later ones, and Adam, which divides by the RMS over some
     1 / (1 - beta2) steps, would leave B where that one minibatch put it.
     """
+    shapes: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for module in modules.values():
         for adapter in (child for child in module.modules() if isinstance(child, DeloraAdapter)):
-            for matrix, along in ((adapter.delora_A, 1), (adapter.delora_B, 0)):
+            for matrix, along in ((adapter.delora_A, -1), (adapter.delora_B, -2)):
                 if matrix.grad is not None:
-                    lengths = torch.linalg.vector_norm(matrix, dim=along, keepdim=True)
-                    matrix.grad.mul_(lengths.clamp_(min=NORM_FLOOR))
+                    shapes.setdefault((along, matrix.shape, matrix.device), []).append(matrix)
+    for (along, *_), matrices in shapes.items():  # a few operations for all layers of a shape
+        lengths = torch.linalg.vector_norm(torch.stack(list(matrices)), dim=along, keepdim=True)
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        torch._foreach_mul_(gradients, lengths.clamp_(min=NORM_FLOOR).unbind())
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingConfig) -> Any:

@@ -204,8 +204,8 @@ def train_ours(bench: Bench, run: Run) -> Iterator[tuple[int, nn.Module, dict[st
         for step in range(run.steps):
             set_strength(modules, ramp_weight(step, state.warmup))
             parameters = list(state.parameters.values())
-            step_gradients(accelerator, parameters, examples, called, bench.objective, training, step=step)
-            take_step(state, modules, training, accelerator, state.optimizer)
+            loss, _ = step_gradients(accelerator, parameters, examples, called, bench.objective, training, step=step)
+            take_step(state, modules, training, accelerator, state.optimizer, loss)
             if state.step == 1 or (state.step < run.steps and due(state.step, max(1, run.steps // 4))):
                 shares[str(state.step)] = bench.share(denoiser)
         set_strength(modules, ramp_weight(run.steps - 1, state.warmup))

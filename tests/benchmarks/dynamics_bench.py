@@ -100,8 +100,8 @@ class Bench:
             load_image(folder / row["file_name"]).resize((SIZE, SIZE), Image.Resampling.LANCZOS) for row in rows
         ]
         return Subject(
-            class_word=class_word, photos=examples, holdout=_lines(POCKET / "prompts" / f"{name}.txt"),
-            kind=self._noised(pictures, [row["text"] for row in rows]), prompts_file=embed_images(self.dino, pictures),
+            class_word, examples, _lines(POCKET / "prompts" / f"{name}.txt"),
+            self._noised(pictures, [row["text"] for row in rows]), embed_images(self.dino, pictures),
         )  # fmt: skip
 
     def preserving(self, name: str) -> Examples:

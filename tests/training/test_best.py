@@ -226,7 +226,7 @@ def test_a_line_of_the_log_has_the_mean_of_each_block(tmp_path: Path) -> None:
     inject_delora(model, config, generator=torch.Generator().manual_seed(0))
     norms = update_norms(model)
     training_log = TrainingLog(tmp_path / "log.jsonl", 0)
-    training_log.add(1, 0.5, [1e-3], model, last=False)
+    training_log.add(1, [0.5], [1e-3], model, line=True)
     (line,) = read_log(tmp_path / "log.jsonl")
     assert line == training_log.fresh and line["lambda/b"] == 3.0
     assert line["update_norm/b"] == pytest.approx(norms["b"], abs=1e-6)

@@ -52,7 +52,7 @@ def train(base: Path, photos: Path, out: Path, side: int, *extra: str, code: int
     arguments = [*(f"--{key}={value}" for key, value in options.items()), *extra]
     if launched:
         launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
         job = subprocess.run([*launch, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
         assert job.returncode == code, job.stderr
     else:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,13 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from delora_diffusion import load_delora_weights, read_adapter, verify_lora
+from delora_diffusion.base.denoiser import Denoiser
+from delora_diffusion.method.inject import delora_adapters
 from delora_diffusion.run_folder import ADAPTER_NAME, LORA_NAME
+from delora_diffusion.training import loop
 from delora_diffusion.training.loop import ramp_weight
 from delora_diffusion.training.optimizer import ema_update
 
@@ -314,6 +319,51 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     assert "loss is nan at step 4" in (told := capsys.readouterr().err) and ".png" in told
     assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert all(t.isfinite().all() for t in tensors(out / "checkpoint-2").values())
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named_later(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Nobody looks at a loss before the next line of the log: meanwhile no NaN reaches a parameter or a file."""
+    original, calls = loop.batch_loss, []
+
+    def broken(batch: list[object], examples: object, denoiser: Denoiser, *args: object, **kwargs: object) -> Tensor:
+        calls.append(denoiser.module)
+        loss = original(batch, examples, denoiser, *args, **kwargs)  # type: ignore[arg-type]
+        if len(calls) == 4 and what == "gradient":
+            loss.register_hook(lambda grad: grad * float("inf"))
+        return loss * float("nan") if len(calls) == 4 and what == "loss" else loss
+
+    monkeypatch.setattr(loop, "batch_loss", broken)
+    out = run("out", "--max_train_steps=9", "--checkpointing_steps=3", code=1)
+    expected = "the loss is nan at step 4" if what == "loss" else "a gradient is not finite at step 4"
+    assert expected in capsys.readouterr().err and len(calls) == 6
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-3"] and not (out / ADAPTER_NAME).exists()
+    adapters = delora_adapters(calls[0]).values()
+    assert all(bool(p.isfinite().all()) for adapter in adapters for p in adapter.parameters())
+
+
+def test_no_step_waits_for_the_device_between_two_lines_of_the_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited, at_step = [], []
+
+    class Waiting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ == "_local_scalar_dense":
+                waited.append(func)
+            return func(*args, **(kwargs or {}))
+
+    original = loop.step_gradients
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        at_step.append(len(waited))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "step_gradients", noting)
+    with Waiting():
+        run("out", "--max_train_steps=31", "--with_base_preservation", "--class_prompt=a dog", "--use_ema",
+            "--lambda_warmup_steps=25", "--gradient_accumulation_steps=2")  # fmt: skip
+    assert at_step[1] == at_step[9] and at_step[10] == at_step[19] and at_step[20] == at_step[29]
 
 
 def test_layers_without_gradient_are_named(
