@@ -70,24 +70,13 @@ def merge_delora(
     before = [(layer, layer.base_weight, layer.merged) for _, _, layer, _ in plan]
     sizes, losses, ranges = [], [], []
     for (_, linear, layer, merged), update in zip(plan, updates, strict=True):
-        base, kept = base_weight(linear), layer.base_weight
-        exact = torch.addmm(base, update.up, update.down)
-        cast = exact.to(dtype or linear.weight.dtype)
+        weight, kept = linear.weight.detach(), layer.base_weight
+        keeping = None if permanently else weight.clone() if kept is None else kept
+        lost, spread = _write_sum(linear, update, dtype or weight.dtype)
+        layer.base_weight, layer.merged = keeping, {} if permanently else merged
         sizes.append(update.norm().double())
-        if cast is exact:
-            ranges.append((exact.amax() - exact.amin()).double())
-        else:  # what is lost is not finite where the sum is not
-            losses.append(torch.linalg.vector_norm(exact.sub_(base.copy_(cast))).double())
-            ranges.append(losses[-1])
-        if permanently:
-            layer.base_weight, layer.merged = None, {}
-        else:
-            layer.base_weight = linear.weight.detach().clone() if kept is None else kept
-            layer.merged = merged
-        if cast.dtype == linear.weight.dtype:  # in place: new tensors beside old ones would fragment the memory
-            linear.weight.copy_(cast)
-        else:
-            linear.weight.data = cast
+        losses.append(lost)
+        ranges.append(spread)
     fits = torch.stack(ranges).isfinite().tolist() if ranges else []
     wrong = [path for (path, *_), fit in zip(plan, fits, strict=True) if not fit]
     if wrong and not permanently:
@@ -97,8 +86,8 @@ def merge_delora(
         _forget_base(module, record)
     else:
         update_hooks(module)
-    size, lost = (float(torch.stack(parts).norm()) if parts else 0.0 for parts in (sizes, losses))
-    return MergeReport(layers=len(plan), rounding_loss=lost / size if size else 0.0)
+    size, loss = (float(torch.stack(parts).norm()) if parts else 0.0 for parts in (sizes, losses))
+    return MergeReport(layers=len(plan), rounding_loss=loss / size if size else 0.0)
 
 
 def _plan(module: nn.Module, record: Record, names: Sequence[str], *, scale: float, permanently: bool) -> Plan:
@@ -129,6 +118,23 @@ def _update(layer: DeloraLayer, merged: dict[str, float]) -> LowRank:
         factors = layer[name].factors()
         parts.append(factors.scaled(value / current if current else 1.0) if current != value else factors)
     return added(parts)
+
+
+def _write_sum(linear: nn.Linear, update: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Put W + dW into a layer, cast to `dtype`: the norm of what the cast lost, and a number that is not finite
+    where the sum is not. Both stay on the device, in fp64."""
+    base = base_weight(linear)
+    exact = torch.addmm(base, update.up, update.down)
+    cast = exact.to(dtype)
+    if cast is exact:
+        lost, spread = exact.new_zeros((), dtype=torch.float64), (exact.amax() - exact.amin()).double()
+    else:
+        lost = spread = torch.linalg.vector_norm(exact.sub_(base.copy_(cast))).double()
+    if cast.dtype == linear.weight.dtype:  # in place: new tensors beside old ones would fragment the memory
+        linear.weight.copy_(cast)
+    else:
+        linear.weight.data = cast
+    return lost, spread
 
 
 def _check_fits(plan: Plan, updates: Sequence[LowRank], names: Sequence[str], dtype: torch.dtype | None) -> None:
