@@ -161,7 +161,7 @@ def form_factors(
 
 
 def add_low_rank(x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """y + x (up @ down)^T: x (..., in), y (..., out), down and up in y's dtype. It keeps the activations a LoRA keeps."""
+    """y + x (up @ down)^T: x (..., in), y (..., out), down and up in y's dtype. It keeps a LoRA's activations."""
     if torch.is_autocast_enabled(x.device.type):  # the layer has chosen the dtype of y: keep to it
         with torch.autocast(x.device.type, enabled=False):
             return add_low_rank(x, y, down, up)
