@@ -334,6 +334,13 @@ def test_the_order_of_adapters_does_not_matter(pipe: Any, trained: Trained) -> N
     assert all(torch.allclose(output, outputs[0], atol=1e-4) for output in outputs)
 
 
+def test_the_scale_of_a_call_is_a_strength_of_the_denoiser(pipe: Any, trained: Trained) -> None:
+    load_delora_weights(pipe, trained("unet"))
+    full, halved = draw(pipe), draw(pipe, cross_attention_kwargs={"scale": 0.5})
+    set_adapters(pipe, "default", 0.5)
+    assert np.array_equal(draw(pipe), halved) and not np.array_equal(full, halved)
+
+
 @pytest.mark.parametrize("weight, scale", [(0.5, 1.0), (1.0, 0.5), (0.25, 2.0)])
 def test_weight_times_scale_is_the_strength_of_a_fused_update(
     weight: float, scale: float, pipe: Any, trained: Trained

@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .forward_pass import ForwardPass
 from .lowrank import LowRank, added
+from .offloaded import stored, written
 
 #: Norms are floored here, as in PEFT.
 NORM_FLOOR = 1e-4
@@ -237,13 +238,13 @@ class DeloraAdapter(nn.Module):
 
     def factors(self) -> LowRank:
         """The update at the current weight; its rank is 2r for a residual adapter."""
-        return factors_of(self.tensors(), self.delora_weight)
+        device = self.delora_weight.device  # a buffer that stays where the rest is brought to
+        return factors_of({name: tensor.to(device) for name, tensor in self.tensors().items()}, self.delora_weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds of this adapter, by PEFT's names."""
-        return {
-            name: getattr(self, name) for name in (*TENSOR_NAMES, *(INIT_TENSOR_NAMES if self.is_residual else ()))
-        }
+        names = (*TENSOR_NAMES, *(INIT_TENSOR_NAMES if self.is_residual else ()))
+        return {name: stored(self, name) for name in names}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         if any(key.startswith(prefix) for key in state_dict):  # a checkpoint of the base alone lacks nothing
@@ -301,7 +302,7 @@ class DeloraLayer(nn.Module):
     def restore(self, linear: nn.Linear) -> None:
         """Undo a merge: the Linear holds its own W again, bit for bit."""
         if self.base_weight is not None:
-            linear.weight.copy_(self.base_weight)
+            written(linear).copy_(self.base_weight)
             self.base_weight, self.merged = None, {}
 
 
@@ -320,7 +321,8 @@ def base_weight(linear: nn.Linear) -> Tensor:
         TypeError: a quantised weight of a kind that cannot be read.
     """
     layer = getattr(linear, "delora", None)
-    weight: Any = linear.weight if layer is None or layer.base_weight is None else layer.base_weight
+    current = stored(linear, "weight")
+    weight: Any = current if layer is None or layer.base_weight is None else layer.base_weight
     if getattr(weight, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
@@ -332,5 +334,5 @@ def base_weight(linear: nn.Linear) -> Tensor:
             f"cannot read the weight of a {type(linear).__name__} ({weight.dtype}); "
             f"plain, torchao and bitsandbytes 4-bit Linear layers can be adapted"
         )
-    plain: Tensor = weight.detach().to(linear.weight.device).float()
+    plain: Tensor = weight.detach().to(current.device).float()
     return plain

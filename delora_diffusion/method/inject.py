@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from .block_weights import Weight, layer_weights, listed, one_each
 from .config import DeloraConfig
 from .delora import DeloraAdapter, DeloraLayer, add_update, base_weight
+from .fused import Place, fused_places
+from .offloaded import runs_on, stored, written
 from .stack import end_forward, start_forward
 from .targets import target_linears, within
 
@@ -32,6 +34,12 @@ class Record:
     enabled: bool = True  # False: no adapter acts, and the base's own parameters are in
     layers: list[tuple[nn.Linear, DeloraLayer]] = field(default_factory=list)  # that are adapted
     hooks: list[RemovableHandle] = field(default_factory=list)  # of the module itself
+    fused: list[Place] = field(default_factory=list)  # where layers may be called in one that stands for them
+
+    def copy_fused_again(self, changed: bool) -> None:
+        """Bring what has changed in layers into those that stand for them."""
+        for place in self.fused if changed else ():
+            place.copy_again()
 
 
 def inject_delora(
@@ -97,7 +105,7 @@ def _new_adapter(
         dropout=config.module_dropout,
     )
     adapter.initialise(config.lambda_of(name, linear.in_features), config.init_weights, generator)
-    return adapter.to(w_norm.device)
+    return adapter.to(runs_on(linear) or w_norm.device)
 
 
 def _trained_in_full(
@@ -117,6 +125,10 @@ def _trained_in_full(
                 f"modules_to_save {pattern!r} matches no module with parameters in {type(module).__name__}"
             )
     base = {name: base_values.get(name, module.get_parameter(name)) for name in names}
+    if away := [name for name, value in base.items() if value.is_meta]:
+        raise ValueError(
+            f"{away[0]} is offloaded, and this adapter has its own value for it; load the adapter before offloading"
+        )
     return {name: nn.Parameter(value.detach().clone()) for name, value in base.items()}
 
 
@@ -177,6 +189,13 @@ def update_hooks(module: nn.Module) -> None:
         for hook in record.hooks:
             hook.remove()
         record.hooks = []
+    before, record.fused = record.fused, fused_places(module)
+    for place in before:
+        place.detach()
+    for place in record.fused if beside else ():
+        place.attach()
+    for place in (*before, *record.fused):
+        place.copy_again()
 
 
 def forget_compiled() -> None:
@@ -272,19 +291,21 @@ def delora_disabled(module: nn.Module) -> Iterator[None]:
     """The base model for the length of a `with` block, also while adapters are merged."""
     layers = adapted_layers(module)
     merged = [(linear, layer.base_weight) for linear, layer in layers if layer.base_weight is not None]
-    merged_weights = [linear.weight.detach().clone() for linear, _ in merged]
+    merged_weights = [stored(linear, "weight").detach().clone() for linear, _ in merged]
     was_enabled = all(layer.enabled for _, layer in layers)
-    enable_delora(module, False)
     with torch.no_grad():
         for linear, weight in merged:
-            linear.weight.copy_(weight)
+            written(linear).copy_(weight)
+    enable_delora(module, False)
+    record_of(module).copy_fused_again(bool(merged))
     try:
         yield
     finally:
         with torch.no_grad():
             for (linear, _), weight in zip(merged, merged_weights, strict=True):
-                linear.weight.copy_(weight)
+                written(linear).copy_(weight)
         enable_delora(module, was_enabled)
+        record_of(module).copy_fused_again(bool(merged))
 
 
 def _swap_in(module: nn.Module, record: Record, names: Sequence[str]) -> None:
@@ -295,18 +316,22 @@ def _swap_in(module: nn.Module, record: Record, names: Sequence[str]) -> None:
             if name in wanted:
                 raise ValueError(f"two of the adapters {list(names)} trained {name!r} in full; activate one of them")
             wanted[name] = parameter
+    changed = bool(record.base_values)
     for name, parameter in record.base_values.items():
         _set_parameter(module, name, parameter)
     record.base_values = {}
     for name, parameter in wanted.items() if record.enabled else ():
         record.base_values[name] = module.get_parameter(name)
         _set_parameter(module, name, parameter)
+    record.copy_fused_again(changed or bool(wanted))
 
 
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Put a parameter in another's place, on the device and in the dtype the module has been moved to meanwhile."""
     owner, _, leaf = name.rpartition(".")
     there = module.get_parameter(name)
+    if there.is_meta:
+        raise ValueError(f"{name} is offloaded, and an adapter has its own value for it; choose before offloading")
     parameter.data = parameter.data.to(there.device, there.dtype)
     setattr(module.get_submodule(owner), leaf, parameter)
 

@@ -24,6 +24,7 @@ from .inject import (
     update_hooks,
 )
 from .lowrank import LowRank, added
+from .offloaded import stored, written
 
 Plan = list[tuple[str, nn.Linear, DeloraLayer, dict[str, float]]]
 
@@ -70,7 +71,7 @@ def merge_delora(
     before = [(layer, layer.base_weight, layer.merged) for _, _, layer, _ in plan]
     sizes, losses, ranges = [], [], []
     for (_, linear, layer, merged), update in zip(plan, updates, strict=True):
-        weight, kept = linear.weight.detach(), layer.base_weight
+        weight, kept = written(linear).detach(), layer.base_weight
         keeping = None if permanently else weight.clone() if kept is None else kept
         lost, spread = _write_sum(linear, update, dtype or weight.dtype)
         layer.base_weight, layer.merged = keeping, {} if permanently else merged
@@ -123,28 +124,35 @@ def _update(layer: DeloraLayer, merged: dict[str, float]) -> LowRank:
 def _write_sum(linear: nn.Linear, update: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Put W + dW into a layer, cast to `dtype`: the norm of what the cast lost, and a number that is not finite
     where the sum is not. Both stay on the device, in fp64."""
-    base = base_weight(linear)
-    exact = torch.addmm(base, update.up, update.down)
+    base, weight = base_weight(linear), written(linear)
+    exact = _sum(base, update)
     cast = exact.to(dtype)
     if cast is exact:
         lost, spread = exact.new_zeros((), dtype=torch.float64), (exact.amax() - exact.amin()).double()
     else:
         lost = spread = torch.linalg.vector_norm(exact.sub_(base.copy_(cast))).double()
-    if cast.dtype == linear.weight.dtype:  # in place: new tensors beside old ones would fragment the memory
-        linear.weight.copy_(cast)
+    if cast.dtype == weight.dtype:  # in place: new tensors beside old ones would fragment the memory
+        weight.copy_(cast)
     else:
         linear.weight.data = cast
     return lost, spread
+
+
+def _sum(weight: Tensor, update: LowRank) -> Tensor:
+    """W + dW in fp32, where W is."""
+    return torch.addmm(weight.float(), update.up.to(weight.device), update.down.to(weight.device))
 
 
 def _check_fits(plan: Plan, updates: Sequence[LowRank], names: Sequence[str], dtype: torch.dtype | None) -> None:
     """Refuse a merge that could not be undone and would not be finite. Sizes tell: |W + dW| <= max |W| + |dW|_F."""
     for (path, linear, _, _), update in zip(plan, updates, strict=True):
         cast = dtype or linear.weight.dtype
-        low, high = torch.aminmax(linear.weight)
+        if linear.weight.is_meta and cast != linear.weight.dtype:
+            raise ValueError(f"{path} is offloaded and cannot become {cast} there; merge before offloading")
+        low, high = torch.aminmax(stored(linear, "weight"))
         if bool(high.float() - low.float() + update.norm() < torch.finfo(cast).max):
             continue
-        if not torch.addmm(base_weight(linear), update.up, update.down).to(cast).isfinite().all():
+        if not _sum(base_weight(linear), update).to(cast).isfinite().all():
             raise ValueError(f"merging {names} gives values that are not finite in {path}; no layer was changed")
 
 
@@ -155,7 +163,7 @@ def _undo(plan: Plan, before: Sequence[tuple[DeloraLayer, Tensor | None, dict[st
         if kept is not None:
             layer.base_weight, layer.merged = kept, merged
             update = _update(layer, merged)
-            linear.weight.copy_(torch.addmm(kept.float(), update.up, update.down).to(linear.weight.dtype))
+            written(linear).copy_(_sum(kept, update).to(linear.weight.dtype))
 
 
 @torch.no_grad()

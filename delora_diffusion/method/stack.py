@@ -26,6 +26,9 @@ def start_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     scale = scale_of(kwargs)
     for _, layer in record.layers if scale != 1 else ():
         layer.scale = scale
+    for place in record.fused:
+        if place.moved():
+            place.attach()
     if torch.compiler.is_compiling() or waits(module):
         return  # a compiler fuses the operations itself; weights that come later are read where they have come
     stacks: dict[tuple[Any, ...], list[tuple[DeloraLayer, str, DeloraAdapter]]] = {}

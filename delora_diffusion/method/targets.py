@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from .config import ALL_LINEAR, ATTENTION, PRESETS, DeloraConfig, DeloraConfigError, _pattern_for
+from .fused import PARTS, is_fused
 
 
 def target_linears(module: nn.Module, config: DeloraConfig) -> dict[str, nn.Linear]:
@@ -48,9 +49,11 @@ def target_linears(module: nn.Module, config: DeloraConfig) -> dict[str, nn.Line
 
 
 def adaptable(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Named submodules of `module`, without those that belong to an adapter injected earlier."""
+    """Named submodules of `module`, without those that belong to an adapter injected earlier, or copy others."""
     for name, child in module.named_modules():
-        if name and "delora" not in name.split("."):
+        owner, _, leaf = name.rpartition(".")
+        copied = leaf in PARTS and is_fused(module.get_submodule(owner), leaf)
+        if name and "delora" not in name.split(".") and not copied:
             yield name, child
 
 

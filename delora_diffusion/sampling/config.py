@@ -26,7 +26,7 @@ class DrawingConfig:
 
     single_file_config: str | None = option(None, SINGLE_FILE_CONFIG)
     seeds: list[int] = option(
-        [0], "seeds; the same seed gives the same image in any batch, on any number of processes"
+        [0], "seeds; a seed gives the same image in any batch to 1/255, to the bit with batch_size 1"
     )
     strengths: list[float] = option([1.0], "adapter strengths: 0 is the base, 1 as trained")
     negative_prompt: str | None = option(None, "negative prompt of all images")

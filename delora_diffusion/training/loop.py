@@ -1,8 +1,8 @@
 """The parts of the training loop: one step, what it changes besides the adapters, and where it stands.
 
 The loop itself is in train_scripts/train_dreambooth_delora.py. Everything random is a function of (seed, step, place
-in the batch), so a run gives the same adapter, bit for bit, whether it was interrupted or not, and the same up to
-rounding on any number of processes that share a batch.
+in the batch), so a run gives the same adapter, bit for bit, whether it was interrupted or not. On any number of
+processes that share a batch the gradients of a step agree to 1e-6 of their norm.
 """
 
 from __future__ import annotations

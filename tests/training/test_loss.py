@@ -108,6 +108,22 @@ def test_a_preserved_place_teaches_an_adapter_that_does_nothing_nothing(world: W
     assert world.loss([kept]).item() == 0.0
 
 
+def test_a_batch_in_parts_has_the_gradient_of_the_whole_to_a_millionth(world: World) -> None:
+    """What processes that share a batch, and accumulated batches, add up."""
+    batch = [pick for place in picks(world.examples, seed=3, step=0, count=4) for pick in place]
+    trained = [p for p in world.pipe.unet.parameters() if p.requires_grad]
+
+    def gradient(*parts: list[Pick]) -> Tensor:
+        world.pipe.unet.zero_grad()
+        for part in parts:
+            world.loss(part).backward()
+        return torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+
+    whole = gradient(batch)
+    for split in ((batch[:4], batch[4:]), tuple([pick] for pick in batch)):
+        assert torch.linalg.vector_norm(gradient(*split) - whole) < 1e-6 * torch.linalg.vector_norm(whole)
+
+
 def test_gradients_reach_the_adapters_through_preserved_places(world: World) -> None:
     (_, kept), *_ = picks(world.examples, seed=0, step=0, count=1)
     world.loss([kept]).backward()
