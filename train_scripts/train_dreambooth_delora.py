@@ -22,7 +22,7 @@ from delora_diffusion.base.checks import BaseModelError
 from delora_diffusion.base.denoiser import Denoiser
 from delora_diffusion.base.objective import ObjectiveError
 from delora_diffusion.console import quiet_libraries
-from delora_diffusion.data.photos import DataError
+from delora_diffusion.data.image_files import DataError
 from delora_diffusion.evaluation.encoders import EncoderError
 from delora_diffusion.evaluation.scorer import Scorer
 from delora_diffusion.families import FamilyError

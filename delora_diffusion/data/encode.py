@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..atomic import complete_file
 from ..base.latents import posterior
 from ..families import Conditioning, Family, from_tensors, to_tensors
-from .photos import DataError, Example, View
+from .image_files import DataError
+from .photos import Example, View
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

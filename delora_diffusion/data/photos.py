@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .buckets import Size, bucket_sizes, largest_part, nearest_size
+from .captions import Captions, is_caption_file, read_captions
 from .config import DataConfig
+from .image_files import find_images, left_out, load_image, some_of
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 CROPPED = 0.2  # share of a photo whose loss is worth a word
-
-
-class DataError(ValueError):
-    """A folder, photo or caption that cannot be used; the message names it, says what was found and what to do."""
+ENLARGED = 1.1  # the same of a factor by which it is enlarged
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Example:
     path: Path
     caption: str
     weight: float
+    size: tuple[int, int]  # width and height of the photo in pixels
     views: tuple[View, ...]
     content: str  # hash of the file's bytes
 
@@ -62,15 +62,15 @@ class Example:
 
 
 def instance_examples(config: DataConfig, *, seed: int) -> list[Example]:
-    """The subject's photos, weight 1.
+    """The subject's photos, weight 1. What of the folder is not used is told.
 
     Raises:
         DataError: no folder, no photos, an unreadable photo, or a photo without a caption.
     """
     folder = Path(config.instance_data_dir)
     paths = find_images(folder, option="instance_data_dir")
-    captions = read_captions(folder, paths, default=config.instance_prompt)
-    return [_example(path, captions[path], 1.0, config, seed=seed) for path in paths]
+    captions = _told(folder, paths, read_captions(folder, paths, default=config.instance_prompt))
+    return [_example(path, captions.texts[path], 1.0, config, seed=seed) for path in paths]
 
 
 def class_examples(config: DataConfig, *, seed: int) -> list[Example]:
@@ -78,114 +78,48 @@ def class_examples(config: DataConfig, *, seed: int) -> list[Example]:
     if not config.with_prior_preservation or config.class_data_dir is None:
         return []
     folder = Path(config.class_data_dir)
-    paths = find_images(folder, option="class_data_dir")[: config.num_class_images]
-    captions = read_captions(folder, paths, default=config.class_prompt)
-    return [_example(path, captions[path], config.prior_loss_weight, config, seed=seed) for path in paths]
+    paths = find_images(folder, option="class_data_dir")
+    captions = _told(folder, paths, read_captions(folder, paths, default=config.class_prompt))
+    chosen = paths[: config.num_class_images]
+    return [_example(path, captions.texts[path], config.prior_loss_weight, config, seed=seed) for path in chosen]
 
 
-def find_images(folder: Path, *, option: str) -> list[Path]:
-    """The image files of `folder`, by name.
-
-    Raises:
-        DataError: `folder` is missing, is no folder, or holds no image; the message names `option`.
-    """
-    if not folder.exists():
-        raise DataError(f"{option} {folder} does not exist; give the folder that holds the photos")
-    if not folder.is_dir():
-        raise DataError(f"{option} {folder} is a file; give the folder that holds the photos")
-    paths = sorted(
-        p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and p.name[0] != "."
-    )
-    if not paths:
-        inside = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
-        found = f"holds {', '.join(inside[:5])}" if inside else "is empty"
-        raise DataError(
-            f"{option} {folder} has no images: it {found}; put {', '.join(IMAGE_SUFFIXES)} files straight into it"
-        )
-    return paths
+def tell_unused(folder: Path, paths: Sequence[Path], captions: Captions) -> None:
+    """Say which files of a folder are neither photos nor captions, and which captions are no photo's."""
+    written = [path for path in folder.iterdir() if is_caption_file(path) and path.is_file()]
+    for what, names in (("left out", left_out(folder, [*paths, *written])), ("captions not used", captions.unused)):
+        if names:
+            log.warning("%s: %d %s: %s", folder, len(names), what, some_of(names))
 
 
-def read_captions(folder: Path, paths: Sequence[Path], *, default: str | None) -> dict[Path, str]:
-    """The caption of each image: PHOTO.txt beside it, else its line in metadata.jsonl, else `default`.
-
-    metadata.jsonl has one {"file_name": ..., "text": ...} a line ("caption" and "prompt" do as well).
-
-    Raises:
-        DataError: a photo without a caption, an empty one, or a metadata.jsonl that cannot be read.
-    """
-    listed = _read_metadata(folder / "metadata.jsonl")
-    captions = {}
-    for path in paths:
-        beside = path.with_suffix(".txt")
-        caption = _read_text(beside).strip() if beside.is_file() else listed.get(path.name, default)
-        if not caption:
-            found = f"{beside.name} is empty" if beside.is_file() else "there is none"
-            raise DataError(
-                f"{path} has no caption: {found}; give instance_prompt, write {beside.name}, or use metadata.jsonl"
-            )
-        captions[path] = caption
-    return captions
-
-
-def load_image(path: Path) -> Image.Image:
-    """The photo as RGB, upright (EXIF), transparency on white.
-
-    Raises:
-        DataError: not an image, or a truncated one.
-    """
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-            elif upright.mode.startswith("I"):  # 16 bits a pixel: convert() would clip instead of scale
-                grey = (np.asarray(upright, dtype=np.float64) / 257).round().clip(0, 255)
-                upright = Image.fromarray(grey.astype(np.uint8))
-            return upright.convert("RGB")
-    except Exception as error:  # Pillow meets damage with nearly any: OSError, SyntaxError, struct.error, TypeError
-        raise DataError(f"cannot read the image {path}: {error}; replace it or take it out of the folder") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}; save it as UTF-8 text") from error
-
-
-def _read_metadata(path: Path) -> dict[str, str]:
-    captions = {}
-    if path.is_file():
-        for number, line in enumerate(_read_text(path).splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                name = row["file_name"]
-                captions[name] = next(row[key] for key in ("text", "caption", "prompt") if key in row).strip()
-            except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-                raise DataError(
-                    f'{path} line {number} is not {{"file_name": ..., "text": ...}}: {line[:80]}'
-                ) from error
+def _told(folder: Path, paths: Sequence[Path], captions: Captions) -> Captions:
+    log.info("%s: %d photos; %s", folder, len(paths), captions)
+    tell_unused(folder, paths, captions)
     return captions
 
 
 def describe_sizes(examples: Sequence[Example], config: DataConfig) -> str:
-    """How many examples there are of each size, how much is cut off the one that loses most, and what would help."""
+    """How many examples there are of each size, how much is cut off the one that loses most, and which are enlarged."""
     counts: dict[Size, int] = {}
-    lost = []
+    lost, enlarged = [], []
     for example in examples:
         view = example.views[0]
         counts[view.size] = counts.get(view.size, 0) + 1
-        width, height = load_image(example.path).size
+        width, height = example.size
         left, top, right, bottom = view.box
         lost.append((1 - (right - left) * (bottom - top) / (width * height), example.path.name))
+        enlarged.append((view.size[0] / (bottom - top), example.path.name))
     share, name = max(lost)
     sizes = ", ".join(f"{width} x {height}: {count}" for (height, width), count in sorted(counts.items()))
-    sizes_text = f"photos by size (width x height): {sizes}; at most {share:.0%} is cut off ({name})"
-    helps = config.aspect_ratio_buckets is None and share > CROPPED
-    return sizes_text + ("; aspect_ratio_buckets auto keeps more of them" if helps else "")
+    text = f"photos by size (width x height): {sizes}; at most {share:.0%} is cut off ({name})"
+    if config.aspect_ratio_buckets is None and share > CROPPED:
+        text += "; aspect_ratio_buckets auto keeps more of them"
+    if small := [(times, name) for times, name in enlarged if times > ENLARGED]:
+        text += (
+            f"; {len(small)} of {len(examples)} are smaller than that and enlarged, {max(small)[1]} {max(small)[0]:.1f} "
+            f"times: what they lack in detail is learned as a blur; give larger photos, or a smaller resolution"
+        )
+    return text
 
 
 def _example(path: Path, caption: str, weight: float, config: DataConfig, *, seed: int) -> Example:
@@ -197,7 +131,7 @@ def _example(path: Path, caption: str, weight: float, config: DataConfig, *, see
         for box in _boxes(width, height, size, config, seed=seed, content=content)
         for flip in ((False, True) if config.random_flip else (False,))
     )
-    return Example(path=path, caption=caption, weight=weight, views=views, content=content)
+    return Example(path=path, caption=caption, weight=weight, size=(width, height), views=views, content=content)
 
 
 def _boxes(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .photos import DataError
+from .image_files import DataError
 
 
 def read_prompts(prompts: Sequence[str], file: str | None = None, *, option: str) -> list[str]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.photos import DataError, find_images, read_captions
+from ..data.captions import THE_PROMPT, read_captions
+from ..data.image_files import DataError, find_images
+from ..data.photos import tell_unused
 from ..data.prompts import has_token
 
 MANIFEST = "manifest.jsonl"
@@ -53,14 +55,16 @@ class Batch:
 
 
 def read_photos(folder: Path, *, option: str) -> Photos:
-    """The photos of a folder, with captions if it has any (PHOTO.txt or metadata.jsonl, as for training).
+    """The photos of a folder, with captions if it has any, as for training.
 
     Raises:
         DataError: no folder, no photos, or captions for some of them only; the message names `option`.
     """
     paths = find_images(folder, option=option)
-    captioned = (folder / "metadata.jsonl").is_file() or any(path.with_suffix(".txt").is_file() for path in paths)
-    return Photos(paths, read_captions(folder, paths, default=None) if captioned else {})
+    captions = read_captions(folder, paths, default=THE_PROMPT)
+    tell_unused(folder, paths, captions)
+    captioned = set(captions.sources.values()) != {THE_PROMPT}
+    return Photos(paths, read_captions(folder, paths, default=None).texts if captioned else {})
 
 
 def read_pictures(source: Path) -> list[Picture]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.photos import load_image
+from ..data.image_files import load_image
 from ..data.prompts import has_token, without_token
 from ..reports.table import Figure, Row
 from .encoders import BATCH, EncoderError, ImageEncoder, embed_images, embed_texts, load_encoder

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..atomic import complete_folder
 from ..data.encode import fingerprint
-from ..data.photos import find_images
+from ..data.image_files import find_images
 from ..evaluation.choose import best_preview
 from ..evaluation.scorer import Scorer, load_scorer, preview_figures, with_photos
 from ..options import options_with

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic import complete_file
-from ..data.photos import IMAGE_SUFFIXES
+from ..data.image_files import is_image
 from ..sampling.generate import Prompts, generate, quiet
 from ..seeds import derived_seed
 
@@ -43,7 +43,7 @@ def fill_class_folder(
         How many images this process drew.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    present = {p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES}
+    present = {path.name for path in folder.iterdir() if is_image(path)}
     foreign = len([name for name in present if not name.startswith("class_")])
     names = [f"class_{number:05d}.png" for number in range(max(0, count - foreign))]
     missing = [(number, name) for number, name in enumerate(names) if name not in present][rank::world]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import complete_file
-from ..data.photos import load_image
+from ..data.image_files import load_image
 from ..evaluation.scores import METRIC, METRICS
 from ..run_folder import RunFolder
 from .log import figures_by_step, read_log

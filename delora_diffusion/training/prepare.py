@@ -20,9 +20,11 @@ from ..base.config import ModelConfig
 from ..base.load import load_base
 from ..base.single_file import is_single_file
 from ..data.buckets import bucket_sizes
+from ..data.captions import read_captions
 from ..data.config import DataConfig
 from ..data.encode import Cache, Encoded, cache_latents, cache_negative, cache_prompts, fingerprint
-from ..data.photos import IMAGE_SUFFIXES, Example, class_examples
+from ..data.image_files import is_image
+from ..data.photos import Example, class_examples
 from ..families import Conditioning, check_sizes
 from ..sampling.generate import Prompts
 from ..sampling.offload import components_on
@@ -97,7 +99,7 @@ def prepare(checked: Checked, accelerator: Accelerator) -> Prepared:
     latents = _encode_photos(cache, pipe.vae, checked.instances, vae, accelerator)
 
     # ---- the text encoders: prompts
-    captions = [e.caption for e in checked.instances] + (_class_captions(data, seed=seed) if _prior(data) else [])
+    captions = [e.caption for e in checked.instances] + (_class_captions(data) if _prior(data) else [])
     pipe = _with(pipe, options.model, precision, read=family.text_encoders)
     texts = _encode_prompts(cache, pipe, checked, captions, accelerator)
     clear_device_cache(garbage_collection=True)
@@ -246,11 +248,11 @@ def _prior(data: DataConfig) -> bool:
     return bool(data.with_prior_preservation and data.class_data_dir and data.class_prompt)
 
 
-def _class_captions(data: DataConfig, *, seed: int) -> list[str]:
+def _class_captions(data: DataConfig) -> list[str]:
     """Captions of class images: of those that are there already, and of those that will be drawn."""
-    folder = Path(str(data.class_data_dir))
-    there = folder.is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
-    return [str(data.class_prompt), *(e.caption for e in (class_examples(data, seed=seed) if there else []))]
+    folder, prompt = Path(str(data.class_data_dir)), str(data.class_prompt)
+    there = sorted(path for path in folder.iterdir() if is_image(path)) if folder.is_dir() else []
+    return [prompt, *read_captions(folder, there, default=prompt).texts.values()] if there else [prompt]
 
 
 def _vocabulary(tokenizer: Any) -> dict[str, int]:

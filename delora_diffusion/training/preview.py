@@ -14,7 +14,7 @@ from torch import nn
 
 from ..adapters.sources import components
 from ..atomic import complete_file
-from ..data.photos import load_image
+from ..data.image_files import load_image
 from ..families import family_of
 from ..run_folder import RunFolder
 from ..sampling.contact_sheet import contact_sheet

@@ -29,7 +29,8 @@ from delora_diffusion.base.load import load_base
 from delora_diffusion.base.objective import objective_of
 from delora_diffusion.data.config import DataConfig
 from delora_diffusion.data.encode import Cache, cache_latents, cache_prompts
-from delora_diffusion.data.photos import class_examples, instance_examples, load_image
+from delora_diffusion.data.image_files import load_image
+from delora_diffusion.data.photos import class_examples, instance_examples
 from delora_diffusion.evaluation.encoders import embed_images, embed_texts, load_encoder
 from delora_diffusion.evaluation.metrics import drift_scores, fidelity_scores
 from delora_diffusion.families import Conditioning, Setting, family_of, stack_conditioning

@@ -15,7 +15,8 @@ from transformers import CLIPTextModel
 
 from delora_diffusion.data.config import DataConfig
 from delora_diffusion.data.encode import Cache, cache_latents, cache_prompts, fingerprint
-from delora_diffusion.data.photos import DataError, Example, instance_examples
+from delora_diffusion.data.image_files import DataError
+from delora_diffusion.data.photos import Example, instance_examples
 from delora_diffusion.families import family_of
 
 from .. import tiny

@@ -1,9 +1,8 @@
-"""Photos and captions: what a folder may hold, how each kind of picture is read, and which crops are taken."""
+"""Photos as examples: which crops are taken, what their pixels are, what names them, what is told of a folder."""
 
 from __future__ import annotations
 
-import json
-import struct
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,10 @@ import torch
 from PIL import Image, ImageOps
 
 from delora_diffusion.data.config import DataConfig
-from delora_diffusion.data.photos import (
-    IMAGE_SUFFIXES,
-    DataError,
-    Example,
-    View,
-    class_examples,
-    find_images,
-    instance_examples,
-    load_image,
-    read_captions,
-)
+from delora_diffusion.data.image_files import DataError
+from delora_diffusion.data.photos import Example, View, class_examples, describe_sizes, instance_examples
 
 from .. import tiny
-
-ORIENTATION = 0x0112
 
 # ---- helpers -------------------------------------------------------------------------------------
 
@@ -50,53 +38,12 @@ def saved(path: Path, image: Image.Image, **options: Any) -> Path:
     return path
 
 
-def pixels_of(path: Path) -> np.ndarray:
-    image = load_image(path)
-    assert image.mode == "RGB"
-    return tiny.as_array(image)
-
-
 def folder_of(tmp_path: Path, **texts: str) -> Path:
     """One photo a.png, and text files beside it (`a_txt` is a.txt)."""
     saved(tmp_path / "photos" / "a.png", Image.fromarray(noise()))
     for name, text in texts.items():
         (tmp_path / "photos" / name.replace("_", ".")).write_text(text, encoding="utf-8")
     return tmp_path / "photos"
-
-
-# ---- folders --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "make, said",
-    [
-        (lambda path: None, "does not exist; give the folder"),
-        (lambda path: path.write_text("x"), "is a file; give the folder"),
-        (lambda path: path.mkdir(), "has no images: it is empty; put"),
-        (lambda path: (path / "sub").mkdir(parents=True), "has no images: it holds sub/; put"),
-        (
-            lambda path: [path.mkdir(), (path / "notes.txt").touch(), (path / "clip.gif").touch()],
-            "has no images: it holds clip.gif, notes.txt; put .bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp files",
-        ),
-        (lambda path: (path / "album.png").mkdir(parents=True), "has no images: it holds album.png/"),
-        (lambda path: [path.mkdir(), (path / "._a.png").touch()], "has no images: it holds ._a.png"),
-    ],
-    ids=["missing", "file", "empty", "folders only", "other files only", "folder called .png", "hidden file"],
-)
-def test_a_folder_without_photos_is_refused_with_what_it_holds(make: Any, said: str, tmp_path: Path) -> None:
-    folder = tmp_path / "photos"
-    make(folder)
-    with pytest.raises(DataError) as refused:
-        instance_examples(config(folder), seed=0)
-    assert f"instance_data_dir {folder} {said}" in str(refused.value)
-
-
-def test_images_are_found_by_suffix_in_any_case_and_in_order_of_name(tmp_path: Path) -> None:
-    wanted = sorted([*(f"{i}{suffix}" for i, suffix in enumerate(IMAGE_SUFFIXES)), "Z.PNG", "x.JPeG"])
-    others = [".hidden.png", "a.txt", "metadata.jsonl", "moving.gif", "Thumbs.db", "raw.heic", "noname"]
-    for name in (*wanted, *others):
-        (tmp_path / name).touch()
-    assert [path.name for path in find_images(tmp_path, option="x")] == wanted
 
 
 def test_class_images_are_the_first_so_many_with_the_priors_weight(tmp_path: Path) -> None:
@@ -113,196 +60,37 @@ def test_class_images_are_the_first_so_many_with_the_priors_weight(tmp_path: Pat
         class_examples(config(tmp_path, **prior | {"class_data_dir": str(tmp_path / "cats")}), seed=0)
 
 
-# ---- reading photos -------------------------------------------------------------------------------
+# ---- what is told -------------------------------------------------------------------------------------
 
 
-def test_lossless_rgb_is_read_as_it_is(tmp_path: Path) -> None:
-    for suffix in ("png", "bmp", "tif"):
-        path = saved(tmp_path / f"a.{suffix}", Image.fromarray(noise()))
-        assert np.array_equal(pixels_of(path), noise())
-
-
-#: orientation -> how a viewer must transform the stored pixels (height, width, bands), EXIF 2.32 table 6
-UPRIGHT = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: np.rot90(a, -1),  # clockwise by 90 degrees
-    7: lambda a: a.transpose(1, 0, 2)[::-1, ::-1],
-    8: lambda a: np.rot90(a),
-}
-
-
-@pytest.mark.parametrize("orientation", UPRIGHT)
-def test_exif_rotated_photos_are_turned_upright(orientation: int, tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    path = saved(tmp_path / "a.png", Image.fromarray(noise()), exif=exif)
-    assert np.array_equal(pixels_of(path), UPRIGHT[orientation](noise()))
-    (example,) = instance_examples(config(tmp_path), seed=0)
-    width, height = load_image(path).size
-    assert example.views[0].box == ((width - 8) // 2, (height - 8) // 2, (width + 8) // 2, (height + 8) // 2)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_is_shown_on_white(mode: str, tmp_path: Path) -> None:
-    colour, alpha = noise(), noise(bands=1, seed=1)
-    alpha[:, 0], alpha[:, 1] = 0, 255
-    if mode == "P":  # one colour of the palette is transparent
-        image = Image.fromarray(noise(bands=1) % 4, mode="P")
-        image.putpalette([10, 20, 30, 200, 100, 0, 0, 0, 255, 90, 90, 90])
-        path = saved(tmp_path / "a.png", image, transparency=2)
-        palette = np.array([[10, 20, 30], [200, 100, 0], [255, 255, 255], [90, 90, 90]])
-        assert np.array_equal(pixels_of(path), palette[noise(bands=1) % 4])
-        return
-    grey = mode == "LA"
-    image = Image.fromarray(np.dstack([colour[..., :1] if grey else colour, alpha]), mode=mode)
-    found = pixels_of(saved(tmp_path / "a.png", image))
-    shown = colour[..., :1].repeat(3, axis=2) if grey else colour
-    expected = (shown * (alpha[..., None] / 255.0)) + 255 - alpha[..., None]
-    assert np.abs(found - expected).max() <= 1
-    assert (found[:, 0] == 255).all() and np.array_equal(found[:, 1], shown[:, 1])
-
-
-def test_rgb_with_a_transparent_colour_is_shown_on_white(tmp_path: Path) -> None:
-    pixels = np.full((4, 4, 3), 50, np.uint8)
-    pixels[0] = (1, 2, 3)
-    path = saved(tmp_path / "a.png", Image.fromarray(pixels), transparency=(1, 2, 3))
-    found = pixels_of(path)
-    assert (found[0] == 255).all() and (found[1:] == 50).all()
-
-
-def test_grayscale_becomes_three_equal_bands(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.png", Image.fromarray(noise(bands=1)))
-    assert np.array_equal(pixels_of(path), noise(bands=1)[..., None].repeat(3, axis=2))
-    bits = saved(tmp_path / "b.png", Image.fromarray(noise(bands=1) > 127))
-    assert set(np.unique(pixels_of(bits))) == {0, 255}
-
-
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bit_pictures_are_scaled_not_clipped(suffix: str, tmp_path: Path) -> None:
-    values = np.linspace(0, 65535, 96).astype(np.uint16).reshape(8, 12)
-    found = pixels_of(saved(tmp_path / f"a.{suffix}", Image.fromarray(values)))
-    assert np.abs(found - (values / 65535 * 255)[..., None]).max() <= 0.5 + 1e-9
-
-
-def test_cmyk_photos_have_the_colours_they_were_made_of(tmp_path: Path) -> None:
-    for colour in ((255, 0, 0), (20, 160, 80), (250, 250, 250)):
-        image = Image.new("RGB", (16, 16), colour).convert("CMYK")
-        found = pixels_of(saved(tmp_path / "a.jpg", image, quality=95))
-        assert np.abs(found - np.array(colour)).max() <= 4
-    assert Image.open(tmp_path / "a.jpg").mode == "CMYK"
-
-
-@pytest.mark.parametrize("suffix", ["png", "webp"])
-def test_of_a_moving_picture_the_first_frame_is_taken(suffix: str, tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0))]
-    path = saved(tmp_path / f"a.{suffix}", frames[0], save_all=True, append_images=frames[1:], lossless=True)
-    assert (pixels_of(path) == (255, 0, 0)).all()
-
-
-@pytest.mark.filterwarnings("ignore:Truncated File Read")
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif"])
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9])
-def test_a_truncated_photo_is_named(suffix: str, share: float, tmp_path: Path) -> None:
-    path = saved(tmp_path / f"a.{suffix}", Image.fromarray(noise((40, 30))))
-    data = path.read_bytes()
-    path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(DataError) as refused:
-        instance_examples(config(tmp_path), seed=0)
-    assert f"cannot read the image {path}: " in str(refused.value)
-    assert "take it out of the folder" in str(refused.value)
-
-
-@pytest.mark.parametrize("content", [b"", b"just text", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_another_file_called_jpg_is_named(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(DataError, match=r"cannot read the image .*a\.jpg"):
-        instance_examples(config(tmp_path), seed=0)
-
-
-@pytest.mark.parametrize("kind", [1, 2, 7], ids=["byte", "text", "undefined"])
-def test_a_photo_whose_exif_pillow_cannot_write_again_is_named(kind: int, tmp_path: Path) -> None:
-    """Turning a photo upright writes its EXIF anew; a resolution stored as text makes that a TypeError."""
-    exif = Image.Exif()
-    exif[ORIENTATION], exif[0x011A] = 6, 1.5
-    data = bytearray(saved(tmp_path / "a.jpg", Image.fromarray(noise()), exif=exif).read_bytes())
-    entry = data.index(struct.pack(">HH", 0x011A, 5))
-    data[entry : entry + 4] = struct.pack(">HH", 0x011A, kind)
-    (tmp_path / "a.jpg").write_bytes(data)
-    with pytest.raises(DataError, match=r"cannot read the image .*a\.jpg"):
-        load_image(tmp_path / "a.jpg")
-
-
-# ---- captions -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "texts, prompt, caption",
-    [
-        (
-            {"a_txt": "from text\n", "metadata_jsonl": '{"file_name": "a.png", "text": "listed"}'},
-            "prompt",
-            "from text",
-        ),
-        ({"metadata_jsonl": '{"file_name": "a.png", "text": " listed "}'}, "prompt", "listed"),
-        ({"metadata_jsonl": '\n{"file_name": "a.png", "caption": "listed"}\n\n'}, None, "listed"),
-        ({"metadata_jsonl": '{"file_name": "a.png", "prompt": "listed"}'}, None, "listed"),
-        ({"metadata_jsonl": '{"file_name": "b.png", "text": "another"}'}, "prompt", "prompt"),
-        ({"b_txt": "another"}, "prompt", "prompt"),
-        ({"a_txt": "\ufeffein Hund, süß"}, None, "ein Hund, süß"),
-        ({"metadata_jsonl": '\ufeff{"file_name": "a.png", "text": "süß"}'}, None, "süß"),
-    ],
-)
-def test_a_caption_is_the_text_beside_else_the_metadata_else_the_prompt(
-    texts: dict[str, str], prompt: str | None, caption: str, tmp_path: Path
-) -> None:
-    (example,) = instance_examples(config(folder_of(tmp_path, **texts), instance_prompt=prompt), seed=0)
-    assert example.caption == caption and example.weight == 1.0
-
-
-@pytest.mark.parametrize(
-    "texts, said",
-    [
-        ({}, "a.png has no caption: there is none; give instance_prompt, write a.txt, or use metadata.jsonl"),
-        ({"a_txt": " \n"}, "a.png has no caption: a.txt is empty"),
-        ({"metadata_jsonl": '{"file_name": "a.png", "text": ""}'}, "a.png has no caption"),
-        ({"metadata_jsonl": '{"file_name": "a.png", "text": "x"}\n{"file_name'}, "metadata.jsonl line 2 is not"),
-        ({"metadata_jsonl": '{"file": "a.png", "text": "x"}'}, "metadata.jsonl line 1 is not"),
-        ({"metadata_jsonl": '{"file_name": "a.png"}'}, "metadata.jsonl line 1 is not"),
-        ({"metadata_jsonl": '{"file_name": "a.png", "text": 3}'}, "metadata.jsonl line 1 is not"),
-        ({"metadata_jsonl": '["a.png", "x"]'}, "metadata.jsonl line 1 is not"),
-        ({"metadata_jsonl": '{"file_name": ["a.png"], "text": "x"}'}, "metadata.jsonl line 1 is not"),
-    ],
-)
-def test_a_photo_without_a_usable_caption_is_named(texts: dict[str, str], said: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError) as refused:
-        instance_examples(config(folder_of(tmp_path, **texts), instance_prompt=None), seed=0)
-    assert said in str(refused.value)
-
-
-def test_an_empty_text_file_is_not_overruled_by_the_prompt(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.txt is empty"):
-        instance_examples(config(folder_of(tmp_path, a_txt=""), instance_prompt="prompt"), seed=0)
-
-
-@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl"])
-def test_text_that_is_not_utf8_is_named(name: str, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path)
-    (folder / name).write_bytes("süß".encode("latin-1"))
-    with pytest.raises(DataError, match=rf"cannot read .*{name}.*save it as UTF-8"):
+def test_what_of_a_folder_is_not_used_is_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = folder_of(tmp_path, b_txt="a stray caption")
+    saved(folder / "sub" / "b.png", Image.fromarray(noise()))
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    for name in ("clip.mp4", "Thumbs.db", ".DS_Store", "._a.png", "desktop.ini"):
+        (folder / name).touch()
+    with caplog.at_level(logging.INFO, logger="delora_diffusion"):
         instance_examples(config(folder), seed=0)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder}: 1 photos; captions: 1 from the prompt",
+        f"{folder}: 3 left out: clip.mp4, gone.jpg (a link to nothing), sub/ (a folder)",
+        f"{folder}: 1 captions not used: b.txt (no photo here is called b)",
+    ]
 
 
-def test_each_photo_has_its_own_caption(tmp_path: Path) -> None:
-    paths = tiny.photos(tmp_path, 3)
-    lines = [json.dumps({"file_name": path.name, "text": f"listed {path.stem}"}) for path in reversed(paths)]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    (tmp_path / "01.txt").write_text("beside 01")
-    captions = read_captions(tmp_path, paths, default="prompt")
-    assert [captions[path] for path in paths] == ["listed 00", "beside 01", "listed 02"]
+def test_nothing_is_told_of_a_folder_that_is_used_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        instance_examples(config(folder_of(tmp_path, a_txt="a dog")), seed=0)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("resolution", "told"), [(8, None), (16, "1 of 2 are smaller"), (32, "2 of 2 are smaller")])
+def test_photos_that_are_enlarged_are_told(resolution: int, told: str | None, tmp_path: Path) -> None:
+    saved(tmp_path / "tiny.png", Image.fromarray(noise((12, 8))))
+    saved(tmp_path / "large.png", Image.fromarray(noise((20, 20))))
+    data = config(tmp_path, resolution=resolution)
+    text = describe_sizes(instance_examples(data, seed=0), data)
+    assert f"tiny.png {resolution / 8:.1f} times" in text and told in text if told else "enlarged" not in text
 
 
 # ---- views and pixels -----------------------------------------------------------------------------
@@ -414,7 +202,7 @@ def test_a_key_depends_on_crop_flip_and_size(tmp_path: Path) -> None:
 def test_the_caption_is_not_part_of_the_key_of_the_pixels() -> None:
     view = View((0, 0, 8, 8), False, (16, 16))
     first, second = (
-        Example(path=Path("a.png"), caption=caption, weight=1.0, views=(view,), content="abc")
+        Example(path=Path("a.png"), caption=caption, weight=1.0, size=(8, 8), views=(view,), content="abc")
         for caption in ("a dog", "a cat")
     )
     assert first.key(view) == second.key(view)

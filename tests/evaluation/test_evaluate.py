@@ -18,7 +18,7 @@ from PIL import Image
 
 from delora_diffusion import DeloraConfig, inject_delora, save_delora_weights
 from delora_diffusion.cli import main
-from delora_diffusion.data.photos import load_image
+from delora_diffusion.data.image_files import load_image
 from delora_diffusion.evaluation.encoders import embed_images, embed_texts, load_encoder
 from delora_diffusion.evaluation.images import Picture, batches_of
 from delora_diffusion.evaluation.metrics import bootstrap

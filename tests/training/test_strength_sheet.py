@@ -13,7 +13,7 @@ from PIL import Image
 
 from delora_diffusion import DeloraConfig, inject_delora
 from delora_diffusion.cli import main
-from delora_diffusion.data.photos import load_image
+from delora_diffusion.data.image_files import load_image
 from delora_diffusion.evaluation.choose import Measured, recommended, strength_text
 from delora_diffusion.evaluation.encoders import embed_images, load_encoder
 from delora_diffusion.evaluation.metrics import fidelity_scores
