@@ -99,7 +99,7 @@ def _told(folder: Path, paths: Sequence[Path], captions: Captions) -> Captions:
 
 
 def describe_sizes(examples: Sequence[Example], config: DataConfig) -> str:
-    """How many examples there are of each size, how much is cut off the one that loses most, and which are enlarged."""
+    """How many examples there are of each size, how much is cut off the one that loses most, which are enlarged."""
     counts: dict[Size, int] = {}
     lost, enlarged = [], []
     for example in examples:
@@ -115,8 +115,9 @@ def describe_sizes(examples: Sequence[Example], config: DataConfig) -> str:
     if config.aspect_ratio_buckets is None and share > CROPPED:
         text += "; aspect_ratio_buckets auto keeps more of them"
     if small := [(times, name) for times, name in enlarged if times > ENLARGED]:
+        times, name = max(small)
         text += (
-            f"; {len(small)} of {len(examples)} are smaller than that and enlarged, {max(small)[1]} {max(small)[0]:.1f} "
+            f"; {len(small)} of {len(examples)} are smaller than that and enlarged, {name} {times:.1f} "
             f"times: what they lack in detail is learned as a blur; give larger photos, or a smaller resolution"
         )
     return text
