@@ -13,16 +13,27 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol
 
 import yaml
 
 
 class OptionError(ValueError):
     """An option that cannot be used; the message names it, says what was found and what to do."""
+
+
+class Translation(Protocol):
+    """Options by the names of other programs, and what becomes of them."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names that are taken besides our own."""
+
+    def __call__(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What was given in one place (a file, the command line), by our names; raises OptionError."""
 
 
 def option(
@@ -47,8 +58,13 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(argv: Sequence[str], *groups: type, prog: str, description: str) -> list[Any]:
+def parse(
+    argv: Sequence[str], *groups: type, prog: str, description: str, translation: Translation | None = None
+) -> list[Any]:
     """Read the command line (and the YAML files it names) into one instance of each dataclass in `groups`.
+
+    Args:
+        translation: of other programs' names, which are taken as well.
 
     Raises:
         SystemExit: after printing help, or one line about what is wrong (exit code 2, argparse's convention).
@@ -65,21 +81,24 @@ def parse(argv: Sequence[str], *groups: type, prog: str, description: str) -> li
         section = parser.add_argument_group((group.__doc__ or group.__name__).splitlines()[0].rstrip("."))
         for field in dataclasses.fields(group):
             _add_flag(section, group, field)
+    for name in translation.names if translation else ():
+        parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
     given = vars(parser.parse_args(list(argv)))
     try:
         paths = given.pop("config", [])
         fields = _fields(groups)
+        given = translation(given) if translation else given
         given = {key: _coerce(*fields[key], value) for key, value in given.items()}
         values: dict[str, Any] = {}
         for path in paths:
-            values |= read_yaml(path, *groups)
+            values |= read_yaml(path, *groups, translation=translation)
         values |= given
         return [build(group, values) for group in groups]
     except ValueError as error:
         parser.error(str(error))
 
 
-def read_yaml(path: str | Path, *groups: type) -> dict[str, Any]:
+def read_yaml(path: str | Path, *groups: type, translation: Translation | None = None) -> dict[str, Any]:
     """The options in a YAML file, checked against `groups`.
 
     Raises:
@@ -93,11 +112,12 @@ def read_yaml(path: str | Path, *groups: type) -> dict[str, Any]:
         raise OptionError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values or {}, dict):
         raise OptionError(f"{path} holds a {type(values).__name__}; it must be a list of `option: value` lines")
-    fields = _fields(groups)
+    fields, known = _fields(groups), dict.fromkeys(translation.names if translation else ())
     for key in values or {}:
-        if key not in fields:
+        if key not in fields and key not in known:
             raise OptionError(f"{path}: unknown option {key!r}{_suggestion(str(key), fields)}")
-    return {key: _coerce(*fields[key], value, source=f"{path}: ") for key, value in (values or {}).items()}
+    values = translation(values or {}) if translation else values or {}
+    return {key: _coerce(*fields[key], value, source=f"{path}: ") for key, value in values.items()}
 
 
 def build(group: type, values: dict[str, Any]) -> Any:
@@ -181,7 +201,8 @@ def _add_flag(section: argparse._ArgumentGroup, group: type, field: dataclasses.
     text = _meaning(field).replace("%", "%%") + ("" if default in (None, [], {}, "") else f" [{default}]")
     flag = f"--{field.name}"
     if bool in kinds:
-        section.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        section.add_argument(flag, nargs="?", const=True, metavar="true|false", help=text)
+        section.add_argument(f"--no-{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
     elif is_list:
         action = _OneOrMore if _also_plain(group, field) else "store"
         section.add_argument(flag, nargs="+", action=action, metavar=field.name.upper(), help=text)
@@ -208,6 +229,8 @@ def _coerce(group: type, field: dataclasses.Field[Any], value: Any, source: str 
     choices = field.metadata["choices"]
     if value is False and "no" in (choices or ()):
         value = "no"  # YAML reads an unquoted no as false
+    if choices and isinstance(value, str) and value not in choices:  # AdamW is adamw
+        value = next((choice for choice in choices if choice.lower() == value.lower()), value)
     parsed: Any
     if dict in kinds:
         parsed = _mapping(group, field, value, source)

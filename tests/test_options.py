@@ -25,6 +25,11 @@ REQUIRED: dict[type, dict[str, Any]] = {
 }
 PRIOR = {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a dog"}
 MEASURED = {"validation_prompt": ["a sks dog"], "validation_clip": "clip"}
+BESIDE: dict[str, dict[str, Any]] = {
+    "lr_num_cycles": {"lr_scheduler": "cosine_with_restarts"}, "lr_power": {"lr_scheduler": "polynomial"},
+    "prodigy_beta3": {"optimizer": "prodigy"}, "prodigy_use_bias_correction": {"optimizer": "prodigy"},
+    "prodigy_safeguard_warmup": {"optimizer": "prodigy"},
+}  # fmt: skip
 NEED_FIGURES = (
     "validation_clip", "validation_dino", "validation_holdout_dir", "keep_best", "patience", "strength_sheet"
 )  # fmt: skip
@@ -90,8 +95,9 @@ def other(group: type, field: dataclasses.Field[Any]) -> Any:
 def companions(group: type, name: str) -> dict[str, Any]:
     """What else must be given for `group` to be valid with the option `name`."""
     measured = MEASURED if group is ValidationConfig and name in NEED_FIGURES else {}
+    beside = BESIDE.get(name, {})
     more = PRIOR if name in PRIOR else {"class_prompt": "a dog"} if name == "with_base_preservation" else {}
-    return REQUIRED.get(group, {}) | more | measured
+    return REQUIRED.get(group, {}) | more | measured | beside
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
@@ -381,7 +387,7 @@ def test_a_missing_base_or_folder_is_named(missing: str, capsys: pytest.CaptureF
         (["--learning-rate=1"], "unknown option --learning-rate; did you mean --learning_rate?"),
         (["--lambda_learning_rat", "1"], "did you mean --lambda_learning_rate?"),
         (["--no-centre_crop"], "unknown option --no-centre_crop; did you mean --no-center_crop?"),
-        (["--validation_epochs", "50"], "did you mean --validation_steps?"),
+        (["--validation_stepz", "50"], "did you mean --validation_steps?"),
         (["--zzzzzz"], "unknown option --zzzzzz; see --help"),
         (["--instance_prompt", "a", "photo"], "unknown option photo; quote values with spaces"),
         (["--rank"], "argument --rank: expected one argument"),

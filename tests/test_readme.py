@@ -1,6 +1,6 @@
 """The three pages are true: their commands run, their code runs, their tables, trees and links name what there is.
 
-python -m tests.test_readme      # writes the table of options into train_scripts/README.md
+python -m tests.test_readme      # writes the tables of options and of diffusers' flags into train_scripts/README.md
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from delora_diffusion.export.config import ExportConfig, LoraConfig, PushConfig
 from delora_diffusion.options import build, parse, read_yaml, to_table
 from delora_diffusion.sampling.config import DrawingConfig
 from delora_diffusion.training.config import AdapterConfig, TrainingConfig, ValidationConfig
+from delora_diffusion.training.diffusers_flags import DiffusersFlags
+from delora_diffusion.training.diffusers_flags import to_table as foreign_table
 
 from .benchmarks import forms
 from .test_structure import FLOORS, MODULES, PACKAGE
@@ -34,7 +36,11 @@ README, TRAINING, ARCHITECTURE = PAGES = [
     ROOT / f"{place}README.md" for place in ("", "train_scripts/", "delora_diffusion/")
 ]
 GROUPS = (ModelConfig, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig)
-START, END = "<!-- options -->\n", "<!-- end of options -->"
+#: Where a table stands on the page, and what it must be.
+TABLES = {
+    ("<!-- options -->\n", "<!-- end of options -->"): lambda: to_table(*GROUPS),
+    ("<!-- diffusers -->\n", "<!-- end of diffusers -->"): foreign_table,
+}
 #: A word of every command on the pages that a test here runs, or reads; pytest is what runs this.
 TESTED = ("spotted_dog.yaml", "my_dog.yaml", "forms.py", "&& pytest", *(f"delora {name} " for name in COMMANDS))
 
@@ -197,8 +203,11 @@ def test_sample_configs_are_valid_and_their_folders_exist(config: Path) -> None:
 
 
 def without_table(page: Path) -> str:
-    before, _, rest = text_of(page).partition(START)
-    return before + rest.partition(END)[2]
+    text = text_of(page)
+    for start, end in TABLES:
+        before, _, rest = text.partition(start)
+        text = before + rest.partition(end)[2]
+    return text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
@@ -207,7 +216,8 @@ def test_mentioned_options_exist(page: Path) -> None:
     fields = [field for group in groups for field in dataclasses.fields(group)]
     known = {field.name for field in fields} | {f"no-{field.name}" for field in fields if field.type == "bool"}
     used = set(re.findall(r"--([a-z_-]{4,})", "\n".join(re.findall(r"`(--[^`]*)`", without_table(page)))))
-    assert used <= known | {"config", "help"} and (used or page == ARCHITECTURE)
+    known |= {"config", "help", *DiffusersFlags().names}
+    assert used <= known and (used or page == ARCHITECTURE)
 
 
 def anchors(page: Path) -> set[str]:
@@ -259,9 +269,10 @@ def test_files_named_in_the_recipes_exist() -> None:
     assert [name for name in named if not (PACKAGE / name).is_file() and not (ROOT / name).is_file()] == []
 
 
-def test_the_table_lists_every_option() -> None:
-    table = text_of(TRAINING).partition(START)[2].partition(END)[0]
-    assert table == f"\n{to_table(*GROUPS)}\n\n", "out of date: run `python -m tests.test_readme`"
+@pytest.mark.parametrize("place", TABLES, ids=lambda place: place[0].strip())
+def test_the_tables_list_every_option_and_every_flag(place: tuple[str, str]) -> None:
+    table = text_of(TRAINING).partition(place[0])[2].partition(place[1])[0]
+    assert table == f"\n{TABLES[place]()}\n\n", "out of date: run `python -m tests.test_readme`"
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
@@ -272,5 +283,6 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 
 if __name__ == "__main__":
-    before, _, rest = text_of(TRAINING).partition(START)
-    TRAINING.write_text(before + START + f"\n{to_table(*GROUPS)}\n\n" + END + rest.partition(END)[2], encoding="utf-8")
+    for (start, end), table in TABLES.items():
+        before, _, rest = text_of(TRAINING).partition(start)
+        TRAINING.write_text(before + start + f"\n{table()}\n\n" + end + rest.partition(end)[2], encoding="utf-8")

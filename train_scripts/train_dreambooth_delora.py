@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from delora_diffusion.base.checks import BaseModelError
@@ -38,6 +40,7 @@ from delora_diffusion.training.best import Best, preview_protocol, preview_score
 from delora_diffusion.training.check import Checked, check
 from delora_diffusion.training.checkpoint import CheckpointError
 from delora_diffusion.training.config import GROUPS, Options
+from delora_diffusion.training.diffusers_flags import DiffusersFlags
 from delora_diffusion.training.log import LOG_STEPS, TrainingLog, due
 from delora_diffusion.training.loop import Interrupted, Modules, TrainingError
 from delora_diffusion.training.output import clear_output
@@ -172,13 +175,14 @@ def start(options: Options) -> Accelerator:
     """accelerate, as the options set it up."""
     training, name = options.training, options.training.report_to
     try:
-        accelerator = Accelerator(
-            mixed_precision=training.mixed_precision, log_with=name, project_dir=training.output_dir
-        )
+        folders = ProjectConfiguration(training.output_dir, str(Path(training.output_dir, training.logging_dir or "")))
+        accelerator = Accelerator(mixed_precision=training.mixed_precision, log_with=name, project_config=folders)
     except ValueError as error:  # fp16 without a GPU, an unknown tracker
         raise OptionError(f"mixed_precision {training.mixed_precision}, report_to {name}: {error}") from error
     if name and not accelerator.log_with:
         raise OptionError(f'report_to {name}: it is not installed: pip install "delora_diffusion[{name}]"')
+    if training.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
     logging.getLogger("delora_diffusion").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     return accelerator
 
@@ -187,7 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the options, run, and say in one line what went wrong, if something did; returns the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
     given = sys.argv[1:] if argv is None else argv
-    parsed: Any = parse(given, *GROUPS, prog="train_dreambooth_delora", description=(__doc__ or "").splitlines()[0])
+    title = (__doc__ or "").splitlines()[0]
+    parsed: Any = parse(
+        given, *GROUPS, prog="train_dreambooth_delora", description=title, translation=DiffusersFlags()
+    )
     quiet_libraries()
     try:
         run(Options(**dict(zip(("model", "adapter", "data", "training", "validation"), parsed, strict=True))))

@@ -25,6 +25,9 @@ class ModelConfig:
     single_file_config: str | None = option(None, SINGLE_FILE_CONFIG, resume="free")
     revision: str | None = option(None, "revision of the base on the Hub", resume="free")
     variant: str | None = option(None, "variant of the base's weight files, e.g. fp16", resume="free")
+    pretrained_vae_model_name_or_path: str | None = option(
+        None, "folder or Hub id of a VAE in place of the base's own", resume="free"
+    )
     base_dtype: str = option(
         "auto", "precision of the frozen weights; auto follows mixed_precision, fp32 without it", choices=DTYPES
     )

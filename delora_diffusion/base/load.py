@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..families import family_named
-from .checks import NOT_NEEDED, as_base_error, check_layout
+from .checks import NOT_NEEDED, BaseModelError, as_base_error, check_layout
 from .config import ModelConfig
 from .single_file import is_single_file, open_single_file, single_file_index
 
@@ -42,10 +42,36 @@ def load_base(model: ModelConfig, *, precision: str, given: Mapping[str, Any] | 
             pipe = DiffusionPipeline.from_pretrained(
                 path, dtype=dtypes, revision=model.revision, variant=model.variant, **(unused | dict(given or {}))
             )
+    if model.pretrained_vae_model_name_or_path and "vae" not in (given or {}):
+        pipe.register_modules(vae=_other_vae(model.pretrained_vae_model_name_or_path, pipe.vae))
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
     return pipe
+
+
+def _other_vae(path: str, own: Any) -> Any:
+    """A VAE in place of a base's own, in fp32.
+
+    Raises:
+        BaseModelError: there is none, or its latents have another number of channels.
+    """
+    from diffusers import AutoModel
+
+    try:
+        vae = AutoModel.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BaseModelError(
+            f"cannot load pretrained_vae_model_name_or_path {path}: {str(error).splitlines()[0]} Give the folder or "
+            f"Hub id of a VAE itself (config.json and its weights)"
+        ) from error
+    channels, wanted = (getattr(one.config, "latent_channels", None) for one in (vae, own))
+    if channels != wanted:
+        raise BaseModelError(
+            f"pretrained_vae_model_name_or_path {path} is a {type(vae).__name__} with latents of {channels} channels, "
+            f"and the base's have {wanted}; give one that was made for this base"
+        )
+    return vae
 
 
 def base_dtype(model: ModelConfig, *, precision: str) -> torch.dtype:

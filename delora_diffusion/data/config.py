@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from ..options import OptionError, at_least, option
 from .buckets import bucket_sizes
 
+#: Ways of resizing that Pillow has.
+RESAMPLINGS = ("lanczos", "bicubic", "bilinear", "hamming", "box", "nearest")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -24,6 +27,7 @@ class DataConfig:
         None, 'caption of class images, and what the base is to be kept for, e.g. "a photo of a dog"'
     )
     num_class_images: int = option(100, "how many of them")
+    sample_batch_size: int = option(4, "class images drawn at once", resume="free")
     prior_loss_weight: float = option(1.0, "weight of a class image in the loss")
     with_base_preservation: bool = option(
         False, "keep the base's own predictions for class_prompt; needs no images, doubles the time of a step"
@@ -39,6 +43,7 @@ class DataConfig:
     )
     center_crop: bool = option(True, "crop the middle; --no-center_crop cuts `num_crops` places at random instead")
     num_crops: int = option(4, "crops of each photo with --no-center_crop")
+    image_interpolation_mode: str = option("lanczos", "how photos are resized", choices=RESAMPLINGS)
     random_flip: bool = option(False, "mirror photos at random (not for text, logos or asymmetric subjects)")
     cache_dir: str | None = option(
         None, "keep encoded photos and captions here between runs; unset: in memory", resume="free"
@@ -60,7 +65,7 @@ class DataConfig:
             raise OptionError(
                 "class_prompt does nothing without with_prior_preservation or with_base_preservation; add one of them"
             )
-        at_least(self, 1, "num_class_images", "num_crops")
+        at_least(self, 1, "num_class_images", "num_crops", "sample_batch_size")
         at_least(self, 0, "prior_loss_weight", "base_preservation_weight")
         if self.resolution < 8 or self.resolution % 8:
             near = max(8, round(self.resolution / 8) * 8)

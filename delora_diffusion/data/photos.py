@@ -31,11 +31,13 @@ class View:
         box: (left, top, right, bottom) in pixels of the upright photo.
         flip: whether it is mirrored left to right.
         size: (height, width) in pixels that the part is resized to.
+        resampling: how, one of `config.RESAMPLINGS`.
     """
 
     box: tuple[int, int, int, int]
     flip: bool
     size: Size
+    resampling: str = "lanczos"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +53,13 @@ class Example:
 
     def key(self, view: View) -> str:
         """Names the pixels of `view`, whatever the file is called."""
-        return f"{self.content}:{view.box}:{view.flip}:{view.size}"
+        how = "" if view.resampling == "lanczos" else f":{view.resampling}"
+        return f"{self.content}:{view.box}:{view.flip}:{view.size}{how}"
 
     def pixels(self, view: View) -> Tensor:
         """The view as (3, height, width) fp32 in -1 .. 1."""
-        image = load_image(self.path).resize(view.size[::-1], Image.Resampling.LANCZOS, box=view.box)
+        how = Image.Resampling[view.resampling.upper()]
+        image = load_image(self.path).resize(view.size[::-1], how, box=view.box)
         if view.flip:
             image = ImageOps.mirror(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
@@ -128,7 +132,7 @@ def _example(path: Path, caption: str, weight: float, config: DataConfig, *, see
     content = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
     size = nearest_size(width, height, bucket_sizes(config.resolution, config.aspect_ratio_buckets))
     views = tuple(
-        View(box, flip, size)
+        View(box, flip, size, config.image_interpolation_mode)
         for box in _boxes(width, height, size, config, seed=seed, content=content)
         for flip in ((False, True) if config.random_flip else (False,))
     )

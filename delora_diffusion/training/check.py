@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,10 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
     Raises:
         DataError, OptionError, BaseModelError, FamilyError, ObjectiveError, DeloraConfigError: what is wrong first.
     """
-    data, training, validation = options.data, options.training, options.validation
-    instances = instance_examples(data, seed=training.seed)
-    log.info("%s", describe_sizes(instances, data))
+    instances = instance_examples(options.data, seed=options.training.seed)
+    log.info("%s", describe_sizes(instances, options.data))
+    options = in_steps(options, len(instances), accelerator.num_processes)
+    training, validation = options.training, options.validation
     check_output(training)
     measuring = validation.validation_dino or validation.validation_clip
     world = read_prompts(validation.validation_world_prompt, option="validation_world_prompt") if measuring else []
@@ -79,6 +81,25 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
         objective=objective_of(pipe.scheduler, sampling),
         config=config,
     )
+
+
+def in_steps(options: Options, photos: int, processes: int) -> Options:
+    """The options with what is counted in passes over the photos counted in steps, and the learning rate scaled."""
+    training, validation = options.training, options.validation
+    at_once = training.train_batch_size * training.gradient_accumulation_steps * processes
+    one_pass = math.ceil(photos / at_once)
+    if training.num_train_epochs is not None:
+        steps = training.num_train_epochs * one_pass
+        log.info("%d passes over %d photos are %d steps", training.num_train_epochs, photos, steps)
+        training = replace(training, max_train_steps=steps, num_train_epochs=None)
+    if training.scale_lr:
+        training = replace(training, learning_rate=training.learning_rate * at_once, scale_lr=False)
+        log.info("learning_rate is scaled by %d photos in a step to %g", at_once, training.learning_rate)
+    if validation.validation_epochs is not None:
+        validation = replace(
+            validation, validation_steps=validation.validation_epochs * one_pass, validation_epochs=None
+        )
+    return replace(options, training=training, validation=validation)
 
 
 def begin(model: ModelConfig, family: Family, *, precision: str) -> Any:

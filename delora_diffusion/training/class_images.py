@@ -14,9 +14,6 @@ from ..seeds import derived_seed
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-#: Class images drawn at once
-CLASS_BATCH = 4
-
 
 def fill_class_folder(
     pipe: DiffusionPipeline,
@@ -27,7 +24,7 @@ def fill_class_folder(
     size: int,
     seed: int,
     settings: dict[str, Any],
-    batch_size: int = CLASS_BATCH,
+    batch_size: int,
     rank: int = 0,
     world: int = 1,
     progress: Callable[[Any], Any] = iter,

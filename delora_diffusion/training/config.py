@@ -60,6 +60,9 @@ class TrainingConfig:
     overwrite_output_dir: bool = option(False, "start afresh in a folder that holds another run", resume="free")
     seed: int = option(0, "seed of everything random")
     max_train_steps: int = option(500, "optimiser steps", resume="free")
+    num_train_epochs: int | None = option(
+        None, "passes over the photos, where steps are not counted by max_train_steps", resume="free"
+    )
     train_batch_size: int = option(1, "photos per step and process (class images come on top)", resume="free")
     gradient_accumulation_steps: int = option(1, "batches per optimiser step", resume="free")
     gradient_checkpointing: bool = option(False, "less memory for a fifth more time", resume="free")
@@ -69,6 +72,7 @@ class TrainingConfig:
     mixed_precision: str | None = option(None, "autocast; unset: as accelerate is set up", choices=PRECISIONS)
     optimizer: str = option("adamw", "optimiser", choices=OPTIMIZERS)
     learning_rate: float = option(1e-3, "of A and B; without effect there unless direction_turn is 0 (prodigy: use 1)")
+    scale_lr: bool = option(False, "multiply learning_rate by the number of photos in a step", resume="free")
     direction_turn: float = option(
         0.1, "radians by which noise turns A and B in 100 steps; 0: learning_rate decides, from Kaiming lengths"
     )
@@ -77,9 +81,14 @@ class TrainingConfig:
     adam_beta1: float = option(0.9, "decay of the first moment")
     adam_beta2: float = option(0.999, "decay of the second moment")
     adam_epsilon: float = option(1e-8, "epsilon of the optimiser")
+    prodigy_beta3: float | None = option(None, "decay of prodigy's estimate of the rate; unset: by adam_beta2")
+    prodigy_use_bias_correction: bool = option(False, "bias correction in prodigy, as in Adam")
+    prodigy_safeguard_warmup: bool = option(False, "leave warm-up steps out of prodigy's estimate of the rate")
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: do not")
     lr_scheduler: str = option("constant", "schedule of the learning rates, in optimiser steps", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = option(0, "steps of learning-rate warm-up")
+    lr_num_cycles: int = option(1, "restarts of cosine_with_restarts")
+    lr_power: float = option(1.0, "power of polynomial")
     snr_gamma: float | None = option(None, "min-SNR weighting of the loss with this gamma (5 is usual)")
     timestep_sampling: str | None = option(
         None,
@@ -99,6 +108,10 @@ class TrainingConfig:
     checkpoints_total_limit: int | None = option(None, "keep only the newest checkpoints", resume="free")
     resume_from_checkpoint: str | None = option(None, 'a checkpoint folder, or "latest" of output_dir', resume="free")
     report_to: str | None = option(None, "tracker: tensorboard, wandb, ... (accelerate's names)", resume="free")
+    logging_dir: str | None = option(
+        None, "folder of a tracker's files inside output_dir; unset: output_dir", resume="free"
+    )
+    allow_tf32: bool = option(False, "faster and coarser products in fp32 on GPUs that have TF32")
     push_to_hub: bool = option(False, "upload the result to the Hub", resume="free")
     hub_model_id: str | None = option(
         None, "name of the repository there; unset: the name of output_dir", resume="free"
@@ -108,13 +121,15 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
+        at_least(self, 1, "max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps")
+        at_least(self, 1, "lr_num_cycles")
         at_least(
             self, 0, "direction_turn", "learning_rate", "lambda_learning_rate", "max_grad_norm", "lr_warmup_steps"
         )
         at_least(self, 0, "checkpointing_steps")
         if self.checkpoints_total_limit is not None:
             at_least(self, 1, "checkpoints_total_limit")
+        self._check_companions()
         if not 0 <= self.ema_decay < 1:
             raise OptionError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
         if self.snr_gamma is not None and self.snr_gamma <= 0:
@@ -125,6 +140,21 @@ class TrainingConfig:
             )
         if self.logit_std <= 0:
             raise OptionError(f"logit_std is {self.logit_std}; it must be positive (1 is usual)")
+
+    def _check_companions(self) -> None:
+        """Options that only act beside a certain choice."""
+        needed = {
+            "lr_num_cycles": ("lr_scheduler", "cosine_with_restarts"), "lr_power": ("lr_scheduler", "polynomial"),
+            **{f"prodigy_{name}": ("optimizer", "prodigy")
+               for name in ("beta3", "use_bias_correction", "safeguard_warmup")},
+        }  # fmt: skip
+        for name, (beside, choice) in needed.items():
+            usual = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != usual and getattr(self, beside) != choice:
+                raise OptionError(
+                    f"{name} {getattr(self, name)} does nothing with {beside} {getattr(self, beside)}; "
+                    f"give {beside} {choice}, or leave it out"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +169,9 @@ class ValidationConfig:
         "steps between previews; there is always one before the first step and one at the end",
         resume="free",
         figures="free",
+    )
+    validation_epochs: int | None = option(
+        None, "passes over the photos between previews, in place of validation_steps", resume="free", figures="free"
     )
     num_validation_images: int = option(4, "images per prompt, with fixed seeds", resume="free")
     validation_guidance_scale: float | None = option(
@@ -201,6 +234,7 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "validation_steps", "num_validation_images", "validation_num_inference_steps")
+        at_least(self, 1, "validation_epochs")
         encoders = [name for name in ("validation_dino", "validation_clip") if getattr(self, name)]
         measuring = [name for name in ("validation_holdout_dir", "patience") if getattr(self, name) is not None]
         measuring += ["keep_best"] if self.keep_best in ("fidelity", "balanced") else []

@@ -22,7 +22,6 @@ from ..method.config import DeloraConfig
 from ..method.inject import inject_delora
 from .adapt import text_encoder_config
 from .check import Checked
-from .class_images import CLASS_BATCH
 from .config import Options
 from .fake_tensors import fake_weights, faked, peak_of
 
@@ -114,7 +113,7 @@ def estimate(plan: Plan) -> list[Phase]:
         return {**resident, **moving, "VAE": vae_weights, "work": max(decode, predict)}
 
     if data.with_prior_preservation:
-        phases.append(Phase("class images", drawing(min(CLASS_BATCH, data.num_class_images), {}, weights)))
+        phases.append(Phase("class images", drawing(min(data.sample_batch_size, data.num_class_images), {}, weights)))
     trained, adapters = _adapters(denoiser, plan.adapter)
     if plan.text_adapter is not None:
         for module in text.values():

@@ -71,7 +71,11 @@ def make_optimizer(modules: Mapping[str, nn.Module], training: TrainingConfig) -
         from prodigyopt import Prodigy
     except ImportError as error:
         raise ImportError('optimizer prodigy needs prodigyopt: pip install "delora_diffusion[prodigy]"') from error
-    optimizer = Prodigy(groups, lr=training.learning_rate, betas=betas, eps=training.adam_epsilon, weight_decay=0.0)
+    optimizer = Prodigy(
+        groups, lr=training.learning_rate, betas=betas, eps=training.adam_epsilon, weight_decay=0.0,
+        beta3=training.prodigy_beta3, use_bias_correction=training.prodigy_use_bias_correction,
+        safeguard_warmup=training.prodigy_safeguard_warmup,
+    )  # fmt: skip
     return optimizer
 
 
@@ -128,6 +132,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingConfig) ->
         optimizer=optimizer,
         num_warmup_steps=training.lr_warmup_steps,
         num_training_steps=training.max_train_steps,
+        num_cycles=training.lr_num_cycles,
+        power=training.lr_power,
     )
 
 

@@ -236,6 +236,7 @@ def _draw_classes(pipe: DiffusionPipeline, texts: Texts, options: Options, accel
             size=data.resolution,
             seed=options.training.seed,
             settings=settings,
+            batch_size=data.sample_batch_size,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             progress=lambda batches: tqdm(batches, desc="class images", disable=not main or not len(batches)),
