@@ -29,7 +29,7 @@ def start_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     for place in record.fused:
         if place.moved():
             place.attach()
-    if torch.compiler.is_compiling() or waits(module):
+    if torch.compiler.is_compiling() or waits(module) or (torch.is_grad_enabled() and has_compiled_parts(module)):
         return  # a compiler fuses the operations itself; weights that come later are read where they have come
     stacks: dict[tuple[Any, ...], list[tuple[DeloraLayer, str, DeloraAdapter]]] = {}
     current = ForwardPass() if torch.is_grad_enabled() else None
@@ -71,6 +71,11 @@ def waits(module: nn.Module) -> bool:
     """
     registry = module.__dict__.get("_diffusers_hook")
     return "_hf_hook" in module.__dict__ or bool(registry is not None and registry.hooks)
+
+
+def has_compiled_parts(module: nn.Module) -> bool:
+    """Whether blocks of a module are compiled: computed again in a backward pass, they cannot ask for its factors."""
+    return any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in module.modules())
 
 
 def compute_dtype(linear: nn.Linear) -> torch.dtype:

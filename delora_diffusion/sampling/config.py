@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..base.config import DTYPES, SINGLE_FILE_CONFIG
+from ..base.speed import COMPILE
 from ..options import OptionError, at_least, option
 
 #: Short names of samplers, as A1111 and ComfyUI users know them, and diffusers' classes.
@@ -39,6 +40,7 @@ class DrawingConfig:
     dtype: str = option(
         "auto", "precision; auto: the family's half precision on a GPU, fp32 on the CPU", choices=DTYPES
     )
+    compile: bool = option(False, COMPILE)
     device: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
     enable_model_cpu_offload: bool = option(
         False, "less memory, slower: components wait in the CPU's for their turn, one picture is decoded at a time"

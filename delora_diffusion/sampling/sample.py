@@ -27,7 +27,9 @@ from ..adapters.read import read_adapter
 from ..atomic import complete_file
 from ..base.config import ModelConfig
 from ..base.load import half_precision, load_base
+from ..base.speed import compile_blocks
 from ..data.prompts import read_prompts
+from ..families import family_of
 from ..pipeline import load_delora_weights, set_adapters
 from ..run_folder import SHEET_NAME
 from ..seeds import derived_seed
@@ -194,6 +196,8 @@ def _draw_missing(
         set_sampler(pipe, drawing.scheduler)
     for number, adapter in enumerate(planned.adapters):
         load_delora_weights(pipe, adapter, f"adapter_{number}")
+    if drawing.compile:
+        compile_blocks(getattr(pipe, family_of(pipe).denoiser), torch.device(device))
     sizes = {name: value for name, value in (("height", drawing.height), ("width", drawing.width)) if value}
     batches = list(_batches(missing, drawing.batch_size))[state.process_index :: state.num_processes]
     bar = tqdm(total=sum(map(len, batches)), desc="images", disable=not state.is_main_process)

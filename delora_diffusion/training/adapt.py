@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..base.speed import compile_blocks, to_channels_last
 from ..families import Family
 from ..method.config import ALL_LINEAR, PRESETS, DeloraConfig
 from ..method.inject import inject_delora
@@ -55,6 +56,9 @@ def adapt(pipe: DiffusionPipeline, family: Family, config: DeloraConfig, options
 
     Returns:
         The adapted components, in training mode, the denoiser first.
+
+    Raises:
+        OptionError: compile or channels_last where they cannot be.
     """
     modules = {family.denoiser: getattr(pipe, family.denoiser)}
     inject_delora(modules[family.denoiser], config, generator=_generator(options, 0))
@@ -69,6 +73,10 @@ def adapt(pipe: DiffusionPipeline, family: Family, config: DeloraConfig, options
             module.enable_gradient_checkpointing()
         elif options.training.gradient_checkpointing:
             module.gradient_checkpointing_enable({"use_reentrant": False})
+    if options.training.channels_last:
+        to_channels_last(modules[family.denoiser])
+    if options.training.compile:
+        compile_blocks(modules[family.denoiser], next(modules[family.denoiser].parameters()).device)
     return modules
 
 

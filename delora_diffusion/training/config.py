@@ -11,6 +11,7 @@ from typing import Any
 
 from ..base.config import PRECISIONS, ModelConfig
 from ..base.objective import TIMESTEP_SAMPLINGS
+from ..base.speed import COMPILE
 from ..data.config import DataConfig
 from ..data.prompts import UNRELATED_PROMPTS, has_token
 from ..method.config import BIAS_CHOICES, INIT_CHOICES
@@ -66,6 +67,8 @@ class TrainingConfig:
     train_batch_size: int = option(1, "photos per step and process (class images come on top)", resume="free")
     gradient_accumulation_steps: int = option(1, "batches per optimiser step", resume="free")
     gradient_checkpointing: bool = option(False, "less memory for a fifth more time", resume="free")
+    compile: bool = option(False, COMPILE, resume="free")
+    channels_last: bool = option(False, "a UNet's convolutions in the layout that GPUs are fast in", resume="free")
     estimate_memory: bool | None = option(
         None, "say first what every phase will take of the device's memory; unset: where there is a GPU", resume="free"
     )

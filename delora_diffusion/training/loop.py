@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..adapters.sources import collect
 from ..base.denoiser import Denoiser
 from ..base.objective import Objective
+from ..base.speed import attention_of
 from ..method.inject import delora_adapters, set_delora_adapters
 from ..method.state import load_delora_state_dict
 from ..run_folder import RunFolder
@@ -348,6 +349,7 @@ def announce(
     if accelerator.device.type == "cpu":
         log.warning("training on the CPU: fine for the pocket base model, very slow for any other")
     trained = sum(p.numel() for p in state.parameters.values())
+    log.info("attention: %s%s", attention_of(next(iter(modules.values()))), ", compiled" * training.compile)
     layers = {component: len(delora_adapters(module)) for component, module in modules.items()}
     log.info("adapted layers: %s; %s trained parameters", layers, f"{trained:,}")
     counts = len(examples.instances), len(examples.classes), len(examples.latents)

@@ -266,6 +266,22 @@ def test_compiled_blocks_read_the_factors_and_are_not_compiled_again_for_a_stren
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("use_reentrant", [None, False])
+def test_compiled_blocks_give_the_gradients_of_plain_ones(use_reentrant: bool | None) -> None:
+    """Under checkpointing too: a compiled block that is computed again finds no factors of its forward pass."""
+    plain = net(use_reentrant=use_reentrant)
+    compiled = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    for block in compiled.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for module in (plain, compiled):
+        module(X.clone().requires_grad_()).square().sum().backward()
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        if one.grad is not None or other.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
 def test_an_adapter_that_comes_after_compiling_acts() -> None:
     """Dynamo does not see that a module has got a hook."""
     module = Net()
