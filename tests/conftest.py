@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: the suite never asks the network
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n 2: one core each, read when torch is imported
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 from accelerate.state import AcceleratorState
