@@ -118,6 +118,7 @@ class DeloraModel(nn.Module):
         acting = {layer: layer.active for layer in self._layers()}
         enabled = inject.record_of(module).enabled if had else True
         with inject.complete_or_absent([module], adapter_name):
+            state.check_fits(module, config, tensors)
             layers = inject.inject_delora(module, config, adapter_name)
             state.load_delora_state_dict(module, tensors, adapter_name, check_base=check_base)
         for p in self._parameters_of(adapter_name):

@@ -28,7 +28,7 @@ from .base.single_file import is_single_file, open_single_file
 from .method import inject, merge
 from .method.block_weights import Weight, component_weight, listed, one_each
 from .method.inject import delora_names
-from .method.state import StateReport, load_delora_state_dict
+from .method.state import StateReport, check_fits, load_delora_state_dict
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -88,6 +88,7 @@ def load_delora_weights(
         for component, (config, tensors) in parts.items():
             module = unwrapped(getattr(pipe, component))
             try:
+                check_fits(module, config, tensors)
                 inject.inject_delora(module, config, adapter_name)
                 done[component] = load_delora_state_dict(module, tensors, adapter_name, check_base=check_base)
             except (ValueError, TypeError) as error:

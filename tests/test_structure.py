@@ -15,6 +15,7 @@ PACKAGE = Path(delora_diffusion.__file__).parent
 #: Wings, and files beside them, from the ground up. One imports only from rows above its own; inside a wing, files
 #: import each other without a circle.
 FLOORS = (
+    ("errors",),
     ("atomic", "console", "options", "run_folder", "seeds"),
     ("method", "families"),
     ("base", "adapters"),

@@ -1,7 +1,7 @@
 """`Adapter`, an adapter in memory, and its native file: one safetensors file.
 
 Its tensors have PEFT's names with the component of the pipeline in front (`unet.<layer>.delora_A`); its header
-holds the configuration of each component and where the adapter comes from.
+holds the configuration of each component, where the adapter comes from, and a checksum of all that.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from ..method.delora import INIT_TENSOR_NAMES, TENSOR_NAMES
 from ..options import OptionError
 from ..run_folder import ADAPTER_NAME
 from .safetensors_file import AdapterFileError as AdapterFileError
-from .safetensors_file import described, read_tensors
+from .safetensors_file import check_sum, described, read_header, read_tensors, sort_header, with_checksum
 
-FORMAT = "delora-1"
+FORMAT = "delora-2"
+_WITHOUT_CHECKSUM = "delora-1"
+#: Characters of a configuration: far more than a rank and a lambda for each layer of the largest models.
+CONFIG_LIMIT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,22 @@ class Adapter:
     """An adapter in memory: for each component of a pipeline, its tensors by name and its configuration.
 
     A PEFT folder does not say which component it is for; it stands under "".
+
+    Raises:
+        AdapterFileError: the name of a component that is none: it would become a folder's, or part of a tensor's.
     """
 
     tensors: dict[str, dict[str, Tensor]]
     configs: dict[str, DeloraConfig]
     provenance: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for component in (*self.tensors, *self.configs):
+            if component and not component.isidentifier():
+                raise AdapterFileError(
+                    f"{component[:80]!r} cannot be the name of a component; those of pipelines are unet, transformer, "
+                    f"text_encoder and the like"
+                )
 
 
 def write_adapter(path: Path, adapter: Adapter) -> Path:
@@ -55,24 +69,26 @@ def write_adapter(path: Path, adapter: Adapter) -> Path:
     configs = {component: config.to_dict() for component, config in adapter.configs.items()}
     header = {**adapter.provenance, "format": FORMAT, "delora_config": json.dumps(configs, sort_keys=True)}
     with complete_file(path) as aside:
-        save_file(tensors, aside, metadata=header)
+        save_file(tensors, aside, metadata=with_checksum(tensors, header))
+        sort_header(aside)
     return path
 
 
 def is_native(path: Path) -> bool:
     """Whether a file is a native adapter that can be read."""
     try:
-        return read_tensors(path)[1].get("format") == FORMAT
+        return read_header(path)[1].get("format") in (FORMAT, _WITHOUT_CHECKSUM)
     except AdapterFileError:
         return False
 
 
-def check_layers(tensors: Mapping[str, Tensor], *, where: str) -> None:
+def check_layers(tensors: Mapping[str, Tensor], *, where: str, config: DeloraConfig | None = None) -> None:
     """Refuse layers that lack a tensor, or whose tensors are not of one layer.
 
     Args:
         tensors: one component's, by their names in a file.
         where: what to say in front of a layer's name.
+        config: what says their ranks, if it is to agree.
 
     Raises:
         AdapterFileError: naming the first such layer.
@@ -82,6 +98,11 @@ def check_layers(tensors: Mapping[str, Tensor], *, where: str) -> None:
         layer, _, leaf = name.rpartition(".")
         if leaf.startswith("delora_"):
             layers.setdefault(layer, {})[leaf] = tuple(tensor.shape)
+            if not tensor.is_floating_point():
+                raise AdapterFileError(
+                    f"{where}{name} holds {str(tensor.dtype).removeprefix('torch.')}, where fractions belong; the "
+                    f"adapter is damaged, copy or train it again"
+                )
     for layer, shapes in layers.items():
         needed = TENSOR_NAMES + (INIT_TENSOR_NAMES if any(leaf in INIT_TENSOR_NAMES for leaf in shapes) else ())
         if missing := [leaf for leaf in needed if leaf not in shapes]:
@@ -96,18 +117,23 @@ def check_layers(tensors: Mapping[str, Tensor], *, where: str) -> None:
                     f"{where}{layer}.{leaf} is {shapes[leaf]}, which does not go with delora_A {shapes['delora_A']} "
                     f"and delora_B {shapes['delora_B']}; the adapter is damaged, copy or train it again"
                 )
+        if config is not None and config.rank_of(layer) != r:
+            raise AdapterFileError(
+                f"{where}{layer}.delora_A has rank {r}, and the configuration says {config.rank_of(layer)}; the "
+                f"adapter is damaged, copy or train it again"
+            )
 
 
 def _read_native(path: Path) -> Adapter:
-    tensors, header = read_tensors(path)
-    if header.get("format") != FORMAT:
-        raise AdapterFileError(f"{path} is no DeLoRA adapter: {described(tensors, header)}")
-    try:
-        configs = {c: DeloraConfig.from_dict(values) for c, values in json.loads(header["delora_config"]).items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    names, header = read_header(path)
+    version = header.get("format", "")
+    if version not in (FORMAT, _WITHOUT_CHECKSUM):
+        newer = "it is of another version than this delora_diffusion reads; update it"
         raise AdapterFileError(
-            f"{path}: the configuration in its header cannot be read ({error}); it is damaged, or of a newer version"
-        ) from error
+            f"{path} is no DeLoRA adapter: {newer if version.startswith('delora-') else described(names, header)}"
+        )
+    configs = _configs_in(path, header)
+    tensors, header = read_tensors(path)
     named: dict[str, dict[str, Tensor]] = {component: {} for component in configs}
     for key, tensor in tensors.items():
         component, _, name = key.partition(".")
@@ -116,9 +142,24 @@ def _read_native(path: Path) -> Adapter:
                 f"{path} holds {key!r}, but its header knows only {', '.join(configs)}; it is damaged"
             )
         named[component][name] = tensor
-    for component, tensors in named.items():
-        check_layers(tensors, where=f"{path}: {component}.")
+    for component, part in named.items():
+        check_layers(part, where=f"{path}: {component}.", config=configs[component])
+    check_sum(path, tensors, header, needed=version == FORMAT)
     return Adapter(named, configs, {k: v for k, v in header.items() if k not in ("format", "delora_config")})
+
+
+def _configs_in(path: Path, header: Mapping[str, str]) -> dict[str, DeloraConfig]:
+    """The configuration of each component, in the header of a native file."""
+    try:
+        text = header["delora_config"]
+        if len(text) > CONFIG_LIMIT:
+            raise ValueError(f"it takes {len(text):,} characters, and {CONFIG_LIMIT:,} are allowed")
+        configs = {component: DeloraConfig.from_dict(values) for component, values in json.loads(text).items()}
+        return Adapter({}, configs).configs  # which looks at the names
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise AdapterFileError(
+            f"{path}: the configuration in its header cannot be read ({error}); it is damaged, or of a newer version"
+        ) from error
 
 
 def adapted(tensors: Iterable[str]) -> list[str]:

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import DeloraError
 from ..method.config import PRESETS, DeloraConfig
 from ..method.delora import NORM_FLOOR, TENSOR_NAMES
+from ..method.patterns import compiled, starts_of
 from ..method.targets import within
 from .adapter import adapted, in_full, layer_tensors
 
@@ -30,7 +32,7 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
-class PeftFormatError(ValueError):
+class PeftFormatError(DeloraError):
     """Something that PEFT's form cannot hold; the message says why, and the way out."""
 
 
@@ -80,7 +82,7 @@ def saved_modules(config: DeloraConfig, tensors: Iterable[str]) -> list[str]:
         parts = name.split(".")
         owners = [".".join(parts[:length]) for length in range(1, len(parts))]
         for pattern in config.modules_to_save or ():
-            whole = [owner for owner in owners if re.fullmatch(rf"(.*\.)?{pattern}", owner)]
+            whole = [o for o in owners if any(compiled(pattern).fullmatch(o, start) for start in starts_of(o))]
             if within(pattern, ".".join(parts[:-1])) and whole:
                 found[whole[0]] = None
     return list(found)

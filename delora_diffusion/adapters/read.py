@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..run_folder import ADAPTER_NAME
-from .adapter import Adapter, _read_native, check_layers, is_native
+from .adapter import CONFIG_LIMIT, Adapter, _read_native, check_layers, is_native
 from .peft import CONFIG_NAME, WEIGHTS_NAME, from_peft
 from .safetensors_file import AdapterFileError as AdapterFileError
-from .safetensors_file import described, read_tensors
+from .safetensors_file import check_sum, described, read_header, read_tensors
 
 
 def read_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
@@ -33,8 +34,10 @@ def read_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
             return _read_native(path / ADAPTER_NAME)
         if (path / CONFIG_NAME).is_file():
             return _read_peft(path)
-        if parts := {p.parent.name: _read_peft(p.parent) for p in sorted(path.glob(f"*/{CONFIG_NAME}"))}:
-            return _joined(parts)
+        if folders := [p.parent for p in sorted(path.glob(f"*/{CONFIG_NAME}"))]:
+            if other := [folder.name for folder in folders if not folder.name.isidentifier()]:
+                raise AdapterFileError(f"{path} holds several adapters, such as {other[0]}; give the folder of one")
+            return _joined({folder.name: _read_peft(folder) for folder in folders})
         raise AdapterFileError(_nothing_in(path, source))
     return _read_native(path)
 
@@ -49,15 +52,18 @@ def _nothing_in(folder: Path, source: str | Path) -> str:
     inside = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
     said = f"{folder} holds no adapter: expected {ADAPTER_NAME} or {CONFIG_NAME}, found {inside}"
     for file in sorted(folder.glob("*.safetensors"))[:1]:
-        what = "it is a DeLoRA adapter; give the file itself" if is_native(file) else described(*read_tensors(file))
+        what = "it is a DeLoRA adapter; give the file itself" if is_native(file) else described(*read_header(file))
         said += f". As to {file.name}, {what}"
     return said
 
 
 def _read_peft(folder: Path) -> Adapter:
     try:
-        values = dict(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
+        text = (folder / CONFIG_NAME).read_text(encoding="utf-8")
+        if len(text) > CONFIG_LIMIT:
+            raise ValueError(f"it takes {len(text):,} characters, and {CONFIG_LIMIT:,} are allowed")
+        values = dict(json.loads(text))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"cannot read {folder / CONFIG_NAME}: {error}; it is damaged") from error
     if values.get("peft_type") != "DELORA":
         raise AdapterFileError(
@@ -72,15 +78,17 @@ def _read_peft(folder: Path) -> Adapter:
             raise AdapterFileError(f"{folder} holds {pickled}")
         raise AdapterFileError(f"{folder} holds {CONFIG_NAME}, but no {WEIGHTS_NAME}; perhaps it has {pickled}")
     tensors, header = read_tensors(folder / WEIGHTS_NAME)
-    header.pop("format", None)
-    component = header.pop("component", "")
+    component = header.get("component", "")
     base = {"base_model": str(values.get("base_model_name_or_path") or "")}
     try:
         config, named = from_peft(values, tensors)
+        adapter = Adapter({component: named}, {component: config}, header)
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"cannot use the configuration in {folder / CONFIG_NAME}: {error}") from error
-    check_layers(named, where=f"{folder}: ")
-    return Adapter({component: named}, {component: config}, header | base)
+    check_layers(named, where=f"{folder}: ", config=config)
+    check_sum(folder / WEIGHTS_NAME, tensors, header, needed=False)
+    told = {name: text for name, text in header.items() if name not in ("format", "component")}
+    return dataclasses.replace(adapter, provenance=told | base)
 
 
 def _joined(parts: Mapping[str, Adapter]) -> Adapter:

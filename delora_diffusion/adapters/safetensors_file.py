@@ -1,14 +1,24 @@
-"""Reading safetensors files that somebody else wrote: what is refused, and what it is said to be."""
+"""safetensors files: what is refused of those that others wrote, and what it is said to be; the checksum of ours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..errors import DeloraError
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+#: Kinds of numbers that a file for adapters can hold; whole ones among parameters that were trained in full.
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+_CHECKSUM = "checksum"
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 _EVERY_UI = "ComfyUI, A1111 and Forge open it"
 #: Parts of tensor names, what has them, and what opens that; the first that fits counts.
@@ -32,7 +42,7 @@ _KINDS = (
 )
 
 
-class AdapterFileError(ValueError):
+class AdapterFileError(DeloraError):
     """A file that holds no usable adapter; the message names it, says what was found and what to do."""
 
 
@@ -40,8 +50,39 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, on the CPU, and the text in its header.
 
     Raises:
-        AdapterFileError: no safetensors file, a damaged or incomplete one, or values that are not finite.
+        AdapterFileError: no safetensors file, a damaged or incomplete one, numbers of a kind that no adapter is made
+            of, or values that are not finite.
     """
+    with _opened(path) as file:
+        names = list(file.keys())
+        kinds = {name: file.get_slice(name).get_dtype() for name in names}
+        if other := [name for name in names if kinds[name] not in _DTYPES]:
+            raise AdapterFileError(
+                f"{path}: {other[0]} is stored as {kinds[other[0]]}, of which no adapter is made; it is damaged, or "
+                f"was quantised: take the original"
+            )
+        tensors = {name: file.get_tensor(name) for name in names}
+        header = file.metadata() or {}
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise AdapterFileError(
+            f"{path} holds {len(wrong)} tensors that are not finite ({', '.join(wrong[:3])}); it is of no use, "
+            f"take an earlier checkpoint or train it again"
+        )
+    return tensors, header
+
+
+def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
+    """The names of a safetensors file's tensors and the text in its header, without reading any tensor.
+
+    Raises:
+        AdapterFileError: no safetensors file, or a damaged or incomplete one.
+    """
+    with _opened(path) as file:
+        return list(file.keys()), file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if path.suffix != ".safetensors":
         convert = (
             ". This one is a pickle; if you trust it, convert it: "
@@ -55,18 +96,55 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if problem := _problem_at_start(path):
             raise AdapterFileError(f"cannot read {path}: {problem}")
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            header = file.metadata() or {}
+            yield file
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(
             f"cannot read {path}: {error}; it is damaged or incomplete, copy or train it again"
         ) from error
-    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+
+
+def with_checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, str]:
+    """The text of a header, and a checksum of it and of the tensors that will stand below it."""
+    rest = {name: text for name, text in header.items() if name != _CHECKSUM}
+    return {**rest, _CHECKSUM: _digest(tensors, rest)}
+
+
+def check_sum(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str], *, needed: bool) -> None:
+    """Take the checksum out of the `header` of a file that was read, and refuse a file that is not as it was written.
+
+    Args:
+        needed: refuse a file without a checksum as well.
+    """
+    if (needed or _CHECKSUM in header) and header.pop(_CHECKSUM, None) != _digest(tensors, header):
         raise AdapterFileError(
-            f"{path} holds {len(wrong)} tensors that are not finite ({', '.join(wrong[:3])}); it is of no use, "
-            f"take an earlier checkpoint or train it again"
+            f"{path} is not as it was written: its checksum does not fit; it is damaged or was changed, copy or train "
+            f"it again"
         )
-    return tensors, header
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """SHA-256 of the text in a header, and of each tensor's name, kind, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(sorted(header.items())).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous().reshape(-1)
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensors[name].shape)]).encode())
+        digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def sort_header(path: Path) -> None:
+    """Bring the header of a safetensors file that was just written into one order: the library shuffles its text, and
+    files of the same content would differ."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if text := header.get("__metadata__"):
+            header["__metadata__"] = dict(sorted(text.items()))
+        data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(data) > size:
+            raise ValueError(f"the header of {path} takes {len(data)} bytes, and {size} are there")
+        file.seek(8)
+        file.write(data.ljust(size))
 
 
 def _problem_at_start(path: Path) -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, is_native
+from ..adapters.safetensors_file import sort_header
 from ..atomic import complete_file
 from ..families import Architecture
 from ..method.lowrank import LowRank
@@ -113,6 +114,7 @@ def export_lora(
         )
     with complete_file(path) as aside:
         save_file(tensors, aside, metadata=header)
+        sort_header(aside)
     counts = {component: len(layers) for component, layers in updates.items()}
     return ExportReport(path=path, style=style, rank=width, layers=counts, notes=(*notes, *more))
 

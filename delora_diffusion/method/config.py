@@ -6,10 +6,13 @@ import dataclasses
 import difflib
 import json
 import math
-import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from ..errors import DeloraError
+from .patterns import PatternError, compiled, starts_of
 
 #: The attention projections of diffusers' denoisers (of single-stream blocks that fuse them with the feed-forward
 #: ones, those) and of text encoders, by module name.
@@ -29,7 +32,7 @@ INIT_CHOICES = ("zero", "residual", "paired", "kaiming")
 BIAS_CHOICES = ("none", "all", "delora_only")
 
 
-class DeloraConfigError(ValueError):
+class DeloraConfigError(DeloraError):
     """A configuration that cannot be meant, or that does not fit a model; the message says what to do."""
 
 
@@ -80,6 +83,7 @@ class DeloraConfig:
     relative_lambda: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise DeloraConfigError(f"rank of {name!r} is {rank!r}; it must be a whole number of at least 1")
@@ -87,12 +91,14 @@ class DeloraConfig:
                 raise DeloraConfigError(f"rank of {name!r} is {rank}; init_weights='paired' needs an even rank")
         relative = {} if self.relative_lambda is None else {"relative_lambda": self.relative_lambda}
         for name, strength in {"delora_lambda": self.delora_lambda, **relative, **self.lambda_pattern}.items():
-            if not isinstance(strength, (int, float)) or not math.isfinite(strength) or strength < 0:
+            if not _is_number(strength) or strength < 0:
                 raise DeloraConfigError(
-                    f"lambda of {name!r} is {strength!r}; it must be a finite number of at least 0"
+                    f"lambda of {name!r} is {_shown(strength)}; it must be a finite number of at least 0"
                 )
-        if not isinstance(self.module_dropout, (int, float)) or not 0.0 <= self.module_dropout < 1.0:
-            raise DeloraConfigError(f"module_dropout is {self.module_dropout!r}; it must be at least 0 and below 1")
+        if not _is_number(self.module_dropout) or not 0.0 <= self.module_dropout < 1.0:
+            raise DeloraConfigError(
+                f"module_dropout is {_shown(self.module_dropout)}; it must be at least 0 and below 1"
+            )
         if self.bias not in BIAS_CHOICES:
             raise DeloraConfigError(f"bias is {self.bias!r}; choose one of {', '.join(BIAS_CHOICES)}")
         if self.init_weights not in INIT_CHOICES:
@@ -108,11 +114,25 @@ class DeloraConfig:
         for value in (self.target_modules, self.exclude_modules):
             if isinstance(value, str) and value not in PRESETS:
                 _check_regex(value)
-        if self.modules_to_save is not None and not isinstance(self.modules_to_save, list):
-            raise DeloraConfigError(f"modules_to_save is {self.modules_to_save!r}; it must be a list of names")
         layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
         for pattern in (*self.rank_pattern, *self.lambda_pattern, *layers, *(self.modules_to_save or ())):
             _check_regex(pattern)
+
+    def _check_kinds(self) -> None:
+        """Refuse values of another kind than the field's, which a file can hold."""
+        for name in ("rank_pattern", "lambda_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise DeloraConfigError(f"{name} is {_shown(getattr(self, name))}; it must be {{name: number}}")
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if value is None or (isinstance(value, str) and name != "modules_to_save"):
+                continue
+            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+                raise DeloraConfigError(f"{name} is {_shown(value)}; it must be a list of names")
+        chosen = self.layers_to_transform
+        indices = [] if chosen is None else chosen if isinstance(chosen, list) else [chosen]
+        if not all(isinstance(index, int) for index in indices):
+            raise DeloraConfigError(f"layers_to_transform is {_shown(chosen)}; it must be whole numbers")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, ready for JSON."""
@@ -152,11 +172,25 @@ class DeloraConfig:
 
 def _pattern_for(patterns: Iterable[str], name: str) -> str:
     """The first pattern that fits the end of `name`, else `name` itself."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), name)
+    starts = starts_of(name)
+    return next((p for p in patterns if any(compiled(p).fullmatch(name, start) for start in starts)), name)
 
 
 def _check_regex(pattern: str) -> None:
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise DeloraConfigError(f"{pattern!r} is not a regular expression: {error}") from error
+        compiled(pattern)
+    except PatternError as error:
+        raise DeloraConfigError(str(error)) from error
+
+
+def _is_number(value: Any) -> bool:
+    """A finite number; whole ones can be too large for a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _shown(value: object) -> str:
+    """What to say of a value, however long it is."""
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return "a number of hundreds of digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

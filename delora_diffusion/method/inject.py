@@ -112,6 +112,17 @@ def _trained_in_full(
     module: nn.Module, config: DeloraConfig, targets: dict[str, nn.Linear], base_values: dict[str, nn.Parameter]
 ) -> dict[str, nn.Parameter]:
     """Trainable copies of the base parameters that `bias` and `modules_to_save` name."""
+    names = names_in_full(module, config, targets)
+    base = {name: base_values.get(name, module.get_parameter(name)) for name in names}
+    if away := [name for name, value in base.items() if value.is_meta]:
+        raise ValueError(
+            f"{away[0]} is offloaded, and this adapter has its own value for it; load the adapter before offloading"
+        )
+    return {name: nn.Parameter(value.detach().clone()) for name, value in base.items()}
+
+
+def names_in_full(module: nn.Module, config: DeloraConfig, targets: dict[str, nn.Linear]) -> list[str]:
+    """The parameters that `bias` and `modules_to_save` name, where `targets` are the adapted layers."""
     names = []
     for name, _ in module.named_parameters():
         owner, _, leaf = name.rpartition(".")
@@ -124,12 +135,7 @@ def _trained_in_full(
             raise ValueError(
                 f"modules_to_save {pattern!r} matches no module with parameters in {type(module).__name__}"
             )
-    base = {name: base_values.get(name, module.get_parameter(name)) for name in names}
-    if away := [name for name, value in base.items() if value.is_meta]:
-        raise ValueError(
-            f"{away[0]} is offloaded, and this adapter has its own value for it; load the adapter before offloading"
-        )
-    return {name: nn.Parameter(value.detach().clone()) for name, value in base.items()}
+    return names
 
 
 def remove_delora(module: nn.Module, adapter_name: str | None = None) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .delora import NORM_FLOOR, base_weight
-from .inject import delora_adapters, delora_layers, record_of
+from .config import DeloraConfig
+from .delora import INIT_TENSOR_NAMES, NORM_FLOOR, TENSOR_NAMES, base_weight
+from .inject import delora_adapters, delora_layers, names_in_full, record_of
+from .targets import target_linears
 
 #: Half-precision bases shift a column norm by less than this; another fine-tune of the same model by far more.
 BASE_TOLERANCE = 5e-3
@@ -41,6 +44,25 @@ class StateReport:
     base_off: float | None
 
 
+def check_fits(module: nn.Module, config: DeloraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that an adapter of this configuration in `module` does not have, before it is made: the sizes in
+    a file's configuration may be any.
+
+    Raises:
+        ValueError: as `load_delora_state_dict` does.
+    """
+    targets = target_linears(module, config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, linear in targets.items():
+        rank, inputs, outputs = config.rank_of(name), linear.in_features, linear.out_features
+        sizes = ((rank, inputs), (outputs, rank), (1,), (inputs,))
+        shapes |= {f"{name}.{leaf}": size for leaf, size in zip(TENSOR_NAMES, sizes, strict=True)}
+        if config.init_weights == "residual":
+            shapes |= {f"{name}.{leaf}": size for leaf, size in zip(INIT_TENSOR_NAMES, sizes, strict=False)}
+    full = names_in_full(module, config, targets)
+    _compare(module, shapes | {name: tuple(module.get_parameter(name).shape) for name in full}, tensors)
+
+
 @torch.no_grad()
 def load_delora_state_dict(
     module: nn.Module, tensors: dict[str, Tensor], adapter_name: str = "default", *, check_base: bool = True
@@ -55,26 +77,31 @@ def load_delora_state_dict(
         ValueError: missing, left-over, misshapen or non-finite tensors, or another base; with counts and names.
     """
     present = delora_state_dict(module, adapter_name)
-    problems = [
-        _listed("missing", [name for name in present if name not in tensors]),
-        _listed("unexpected", [name for name in tensors if name not in present]),
-        _listed(
-            "of another shape",
-            [
-                f"{n} {tuple(tensors[n].shape)} for {tuple(t.shape)}"
-                for n, t in present.items()
-                if n in tensors and tensors[n].shape != t.shape
-            ],
-        ),
-        _listed("not finite", [n for n, t in tensors.items() if not t.isfinite().all()]),
-    ]
-    if any(problems):
-        raise ValueError(f"adapter does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}")
+    _compare(module, {name: tuple(tensor.shape) for name, tensor in present.items()}, tensors)
     off = _check_base(module, present, tensors) if check_base else None
     for name, tensor in present.items():
         tensor.copy_(tensors[name])
     layers = delora_adapters(module, adapter_name)
     return StateReport(len(layers), len(record_of(module).trained_in_full[adapter_name]), off)
+
+
+def _compare(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those of an adapter of these names and shapes."""
+    problems = [
+        _listed("missing", [name for name in shapes if name not in tensors]),
+        _listed("unexpected", [name for name in tensors if name not in shapes]),
+        _listed(
+            "of another shape",
+            [
+                f"{name} {tuple(tensors[name].shape)} for {shape}"
+                for name, shape in shapes.items()
+                if name in tensors and tuple(tensors[name].shape) != shape
+            ],
+        ),
+        _listed("not finite", [name for name, tensor in tensors.items() if not tensor.isfinite().all()]),
+    ]
+    if any(problems):
+        raise ValueError(f"adapter does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}")
 
 
 def _check_base(module: nn.Module, present: dict[str, Tensor], tensors: dict[str, Tensor]) -> float | None:

@@ -13,6 +13,9 @@ from torch import nn
 
 from .config import ALL_LINEAR, ATTENTION, PRESETS, DeloraConfig, DeloraConfigError, _pattern_for
 from .fused import PARTS, is_fused
+from .patterns import compiled, starts_of
+
+_ANY_CONTAINER = r"[^.]*"  # the first numbered one
 
 
 def target_linears(module: nn.Module, config: DeloraConfig) -> dict[str, nn.Linear]:
@@ -73,7 +76,9 @@ def is_target(config: DeloraConfig, name: str, child: nn.Module, root: nn.Module
 
 def within(pattern: str, name: str) -> bool:
     """Whether the module `name` is one that `pattern` of `modules_to_save` names, or lies inside one."""
-    return re.match(rf"(^|.*\.){pattern}($|\..*)", name) is not None
+    ends = [*(found.start() for found in re.finditer(r"\.", name)), len(name)]
+    spans = [(start, end) for start in starts_of(name) for end in ends if start < end]
+    return any(compiled(pattern).fullmatch(name, *span) for span in spans)
 
 
 def excluding(exclude: str | list[str] | None, names: Iterable[str]) -> str | list[str] | None:
@@ -86,7 +91,7 @@ def excluding(exclude: str | list[str] | None, names: Iterable[str]) -> str | li
 
 def _named(targets: str | list[str], name: str) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(PRESETS.get(targets, targets), name) is not None
+        return bool(compiled(PRESETS.get(targets, targets)).fullmatch(name))
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -94,11 +99,13 @@ def _in_layers(config: DeloraConfig, name: str) -> bool:
     if config.layers_to_transform is None or config.layers_to_transform == []:
         return True
     wanted = config.layers_to_transform
-    patterns = config.layers_pattern or [r"[^.]*"]
+    patterns = config.layers_pattern or [_ANY_CONTAINER]
+    numbered = [(found.start(), int(found[1])) for found in re.finditer(r"\.(?=(\d+)\.)", name)]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        prefix = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
-        if match := re.match(rf"{prefix}{pattern}\.(\d+)\.", name):
-            return int(match.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+        for start in starts_of(name)[pattern == _ANY_CONTAINER :]:
+            for end, index in reversed(numbered):
+                if start <= end and compiled(pattern).fullmatch(name, start, end):
+                    return index in ([wanted] if isinstance(wanted, int) else wanted)
     return False
 
 
