@@ -18,7 +18,7 @@ from .method.state import (
     print_trainable_parameters,
     update_norms,
 )
-from .model import DeloraModel
+from .model import DeloraModel, get_peft_model
 from .pipeline import (
     LoadReport,
     delete_adapters,
@@ -57,6 +57,7 @@ __all__ = [
     "export_lora",
     "fuse_delora",
     "get_active_adapters",
+    "get_peft_model",
     "inject_delora",
     "load_delora_state_dict",
     "load_delora_weights",

@@ -1,8 +1,8 @@
 """`DeloraModel`: any `nn.Module` with adapters, in PEFT's manner.
 
-model = DeloraModel(AutoModelForCausalLM.from_pretrained(name), DeloraConfig(r=16, delora_lambda=8.0))
+model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), DeloraConfig(r=32, delora_lambda=15))
 model.print_trainable_parameters()
-... train it; it is called as the model it wraps ...
+SFTTrainer(model=model, ...).train()                                  # or transformers' Trainer, or a loop
 model.save_pretrained("my-adapter")                                   # a folder that PEFT opens as well
 model = DeloraModel.from_pretrained(base, "my-adapter").merge_and_unload()
 """
@@ -10,35 +10,62 @@ model = DeloraModel.from_pretrained(base, "my-adapter").merge_and_unload()
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters.adapter import Adapter
 from .adapters.assign import part_for
 from .adapters.peft import check_expressible
 from .adapters.read import read_adapter
+from .atomic import complete_file
 from .export.peft_folder import write_peft
 from .method import inject, state
 from .method.block_weights import listed
 from .method.config import DeloraConfig
 from .method.delora import DeloraLayer
 from .method.merge import MergeReport, merge_delora, unmerge_delora
+from .method.raw_state import is_raw_adapter_state, load_raw_adapter_state, raw_adapter_state
 from .method.targets import with_targets
+from .reports.card import push_to_hub
+from .reports.model_card import write_model_card
+from .run_folder import CARD_NAME
+from .same_module import in_front, rebuilt
+
+#: The file from which transformers' Trainer resumes, and takes the best model back.
+TRAINER_STATE_NAME = "model.safetensors"
 
 
 class DeloraModel(nn.Module):
-    """A module with adapters: `base_model` is the module itself, changed in place as by `inject_delora`.
+    """A module with adapters, and the module's own class: isinstance(model, LlamaForCausalLM) holds if it held before.
 
-    What is not found here (`config`, `generate`, `device`, ...) is looked up in the wrapped module.
+    It shares every attribute with the module it is made of, which is changed in place as by `inject_delora`: the same
+    parameters under the same names, hooks, `config`, `forward`, `generate`. `base_model` means what transformers means
+    by it.
+
+    So transformers' Trainer and trl's trainers take it for the model it is, whether PEFT is installed or not: they
+    find the arguments of `forward`, the labels and the loss, save it by `save_pretrained`, which writes adapters
+    alone, and train a quantised base, since it says that it has adapters. In a Trainer's own folders (`checkpoint-N`)
+    there lies `model.safetensors` as well, the one file such a trainer resumes from: the adapters again, exactly, and
+    none of the base's weights. `load_state_dict` knows it.
     """
+
+    __slots__ = ("_same",)
+    _same: nn.Module
+    #: What transformers asks before it trains a quantised model, and before it lets gradients into frozen embeddings.
+    _hf_peft_config_loaded = True
+
+    def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> DeloraModel:
+        return in_front(DeloraModel, model.get_base_model() if isinstance(model, DeloraModel) else model)  # type: ignore[no-any-return]
 
     def __init__(self, model: nn.Module, config: DeloraConfig, adapter_name: str = "default") -> None:
         """Adapt `model`; `config.target_modules` None stands for the layers PEFT would take for its model type."""
-        super().__init__()
-        self.base_model = model
         self.add_adapter(adapter_name, config)
 
     @classmethod
@@ -49,6 +76,7 @@ class DeloraModel(nn.Module):
         adapter_name: str = "default",
         *,
         is_trainable: bool = False,
+        config: DeloraConfig | None = None,
         revision: str | None = None,
         check_base: bool = True,
     ) -> DeloraModel:
@@ -56,24 +84,39 @@ class DeloraModel(nn.Module):
 
         Of a file for several components the part that fits is taken.
 
+        Args:
+            config: instead of the one that lies beside the tensors; they must fit it.
+
         Raises:
             AdapterFileError: no adapter there, or none for this module.
             ValueError: tensors that do not fit, or another base. `model` is as it was before the call.
         """
-        wrapped = cls.__new__(cls)
-        nn.Module.__init__(wrapped)
-        wrapped.base_model = model
-        wrapped.load_adapter(source, adapter_name, is_trainable=is_trainable, revision=revision, check_base=check_base)
-        wrapped.set_adapter(adapter_name, trainable=is_trainable)
-        return wrapped
+        adapted: DeloraModel = cls.__new__(cls, model)
+        adapter = source if isinstance(source, Adapter) else read_adapter(source, revision=revision)
+        if config is not None:
+            adapter = dataclasses.replace(adapter, configs=dict.fromkeys(adapter.configs, config))
+        adapted.load_adapter(adapter, adapter_name, is_trainable=is_trainable, check_base=check_base)
+        adapted.set_adapter(adapter_name, trainable=is_trainable)
+        return adapted
+
+    # ---- files ----
 
     def save_pretrained(
-        self, directory: str | Path, *, selected_adapters: Sequence[str] | None = None, base_model: str | None = None
+        self,
+        directory: str | Path,
+        *,
+        selected_adapters: Sequence[str] | None = None,
+        base_model: str | None = None,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> list[Path]:
-        """Write each adapter as PEFT does: "default" into `directory`, others into a subfolder of their name.
+        """Write each adapter as PEFT does, with a card: "default" into `directory`, others into a subfolder of their
+        name.
 
         Args:
             base_model: what to name as the base; where `model` was loaded from if None.
+            is_main_process: whether this process writes; others return an empty list.
+            state_dict: the module's, where a trainer has gathered it from several processes.
 
         Returns:
             The folders written.
@@ -81,23 +124,68 @@ class DeloraModel(nn.Module):
         Raises:
             PeftFormatError: an adapter that PEFT cannot express; nothing is written.
         """
-        module = self.get_base_model()
-        base = base_model or getattr(module, "name_or_path", None) or ""
+        if not is_main_process:
+            return []
+        folder = Path(directory)
+        base = base_model or getattr(self, "name_or_path", None) or ""
         adapters = {}
         for name in self.adapter_names if selected_adapters is None else selected_adapters:
-            config = inject.delora_config(module, name)
-            tensors = state.delora_state_dict(module, name, at_current_weight=True)
-            check_expressible(module, config, tensors)
+            config = inject.delora_config(self, name)
+            tensors = state.delora_state_dict(self, name, at_current_weight=True, gathered=state_dict)
+            check_expressible(self, config, tensors)
             adapters[name] = Adapter({"": tensors}, {"": config}, {"base_model": base})
-        folders = {name: Path(directory) / ("" if name == "default" else name) for name in adapters}
-        return [write_peft(folders[name], adapter, "", module=module) for name, adapter in adapters.items()]
+        of = {name: folder / ("" if name == "default" else name) for name in adapters}
+        written = [write_peft(of[name], adapter, "", module=self._same) for name, adapter in adapters.items()]
+        self._write_card(folder, base, list(adapters))
+        self._write_trainer_state(folder, state_dict)
+        return written
+
+    def _write_trainer_state(self, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:
+        """Into a Trainer's checkpoint, what it resumes from; out of any other folder, what such a trainer copied."""
+        path = folder / TRAINER_STATE_NAME
+        if folder.name.startswith("checkpoint-"):
+            tensors = {name: tensor.contiguous() for name, tensor in raw_adapter_state(self, state_dict).items()}
+            with complete_file(path) as aside:
+                save_file(tensors, aside, metadata={"format": "pt", "holds": "adapters"})
+        elif path.is_file() and is_raw_adapter_state(self, _names_in(path)):
+            path.unlink()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; and the adapters alone, as they lie in a Trainer's checkpoint.
+
+        Raises:
+            ValueError: adapters of another configuration or another base.
+        """
+        if not is_raw_adapter_state(self, state_dict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        load_raw_adapter_state(self, state_dict)
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write the card of the adapters into a folder; of a card that is there, only the front matter changes."""
+        self._write_card(Path(output_dir), getattr(self, "name_or_path", None) or "", self.adapter_names)
+
+    def _write_card(self, folder: Path, base: str, names: Sequence[str]) -> None:
+        configs = {name: self.delora_configs[name] for name in names}
+        tags = getattr(self, "model_tags", None) or ()
+        write_model_card(folder / CARD_NAME, module=self._same, base_model=base, configs=configs, tags=tags)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload the adapters and their card, not the base; returns the repository's address.
+
+        Raises:
+            HubError: the Hub refused.
+        """
+        with TemporaryDirectory() as aside:
+            folder = Path(aside) / repo_id.rpartition("/")[2]
+            self.save_pretrained(folder)
+            return push_to_hub(folder, repo_id, private=private)
 
     # ---- adapters ----
 
     def add_adapter(self, adapter_name: str, config: DeloraConfig) -> list[str]:
         """Add a new adapter, trainable, and make it the active one; returns the names of the adapted layers."""
-        module = self.base_model
-        layers = inject.inject_delora(module, with_targets(module, config), adapter_name)
+        layers = inject.inject_delora(self, with_targets(self, config), adapter_name)
         self.set_adapter(adapter_name)
         return layers
 
@@ -110,108 +198,166 @@ class DeloraModel(nn.Module):
         revision: str | None = None,
         check_base: bool = True,
     ) -> list[str]:
-        """Load one more adapter, without making it active; returns the names of the adapted layers."""
-        module = self.base_model
+        """Load one more adapter, without making it active; returns the names of the adapted layers.
+
+        An adapter that there is already gets the values from the file, if they fit it.
+        """
         adapter = source if isinstance(source, Adapter) else read_adapter(source, revision=revision)
-        config, tensors = part_for(module, adapter)
+        config, tensors = part_for(self, adapter)
+        if adapter_name in self.adapter_names:
+            state.load_delora_state_dict(self, tensors, adapter_name, check_base=check_base)
+            return list(inject.delora_adapters(self, adapter_name))
         had = self.adapter_names
         acting = {layer: layer.active for layer in self._layers()}
-        enabled = inject.record_of(module).enabled if had else True
-        with inject.complete_or_absent([module], adapter_name):
-            state.check_fits(module, config, tensors)
-            layers = inject.inject_delora(module, config, adapter_name)
-            state.load_delora_state_dict(module, tensors, adapter_name, check_base=check_base)
-        for p in self._parameters_of(adapter_name):
-            p.requires_grad_(is_trainable)
+        enabled = inject.record_of(self).enabled if had else True
+        with inject.complete_or_absent([self], adapter_name):
+            state.check_fits(self, config, tensors)
+            layers = inject.inject_delora(self, config, adapter_name)
+            state.load_delora_state_dict(self, tensors, adapter_name, check_base=check_base)
+        self.set_requires_grad(adapter_name, is_trainable)
         if had:
             for layer in self._layers():
                 layer.active = acting.get(layer, ())
-            inject.enable_delora(module, enabled)
+            inject.enable_delora(self, enabled)
         return layers
 
     def set_adapter(self, names: str | Sequence[str], *, trainable: bool = True) -> None:
         """Make exactly these adapters act, at strength 1; they are trained, and no others, unless not `trainable`."""
-        inject.set_delora_adapters(self.base_model, names)
+        inject.set_delora_adapters(self, names)
         acting = listed(names)
         for name in self.adapter_names:
+            self.set_requires_grad(name, trainable and name in acting)
+
+    def set_requires_grad(self, names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let these adapters be trained, or not, whether they act or not."""
+        for name in listed(names):
             for p in self._parameters_of(name):
-                p.requires_grad_(trainable and name in acting)
+                p.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out."""
-        inject.remove_delora(self.base_model, adapter_name)
+        """Take an adapter out; if it was the only one that acted, the first of those that remain acts."""
+        inject.remove_delora(self, adapter_name)
+        if self.adapter_names and not self.active_adapters:
+            self.set_adapter(self.adapter_names[0])
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model for the length of a `with` block."""
-        with inject.delora_disabled(self.base_model):
+        with inject.delora_disabled(self):
             yield
 
     @property
     def adapter_names(self) -> list[str]:
         """Names of all adapters."""
-        return inject.delora_names(self.base_model)
+        return inject.delora_names(self)
 
     @property
     def active_adapters(self) -> list[str]:
         """Names of the adapters that act."""
-        return inject.active_delora_adapters(self.base_model)
+        return inject.active_delora_adapters(self)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name of the adapter that acts, or the names of several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
 
     @property
     def delora_configs(self) -> dict[str, DeloraConfig]:
         """The configuration of each adapter."""
-        return {name: inject.delora_config(self.base_model, name) for name in self.adapter_names}
+        return {name: inject.delora_config(self, name) for name in self.adapter_names}
+
+    @property
+    def peft_config(self) -> dict[str, DeloraConfig]:
+        """The same by PEFT's name."""
+        return self.delora_configs
 
     # ---- merging ----
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> MergeReport:
-        """Add adapters (the active ones if None) to the weights, until `unmerge_adapter`."""
-        return merge_delora(self.base_model, adapter_names)
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> MergeReport:
+        """Add adapters (the active ones if None) to the weights, until `unmerge_adapter`.
+
+        What would not be finite is never merged, whatever `safe_merge` says.
+        """
+        return merge_delora(self, adapter_names)
 
     def unmerge_adapter(self) -> None:
         """Restore the weights of the base, bit for bit."""
-        unmerge_delora(self.base_model)
+        unmerge_delora(self)
 
-    def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> nn.Module:
+    def merge_and_unload(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> nn.Module:
         """The base model with the adapters (the active ones if None) in its weights, and without any adapter."""
-        merge_delora(self.base_model, adapter_names, permanently=True)
-        return self.base_model
+        merge_delora(self, adapter_names, permanently=True)
+        return self.get_base_model()
 
     def unload(self) -> nn.Module:
         """The base model, bit for bit as it was."""
-        inject.remove_delora(self.base_model)
-        return self.base_model
+        inject.remove_delora(self)
+        return self.get_base_model()
 
-    # ---- the wrapped module ----
+    # ---- the module itself ----
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without its head, as transformers has it; of modules that do not know such a thing, the module."""
+        own = self._modules.get("base_model")
+        found = own if own is not None else getattr(super(), "base_model", None)
+        return self._same if found is None or found is self else found
 
     def get_base_model(self) -> nn.Module:
-        """The wrapped module (its adapters act)."""
-        return self.base_model
+        """The module that was adapted, by its own class (its adapters act)."""
+        return self._same
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many parameters are trained, of how many."""
+        return state.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, of how many."""
-        state.print_trainable_parameters(self.base_model)
+        state.print_trainable_parameters(self)
 
     def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """The tensors of one adapter, without the base's."""
-        return state.delora_state_dict(self.base_model, adapter_name)
+        return state.delora_state_dict(self, adapter_name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the wrapped module returns."""
-        return self.base_model(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        head: Any = self.get_output_embeddings if kwargs.get("fused_lm_head") else None
+        if head is not None and hasattr(head(), "delora"):
+            raise ValueError(
+                "trl computes the loss from the weight of the output layer, past the layer and its adapter, which "
+                "would not be trained; leave the output layer out of target_modules, or use transformers' Trainer"
+            )
+        return super().__call__(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rebuilt, (DeloraModel, type(self._same)), self.__dict__
 
     def _layers(self) -> list[DeloraLayer]:
-        return [layer for _, layer in inject.adapted_layers(self.base_model)]
+        return [layer for _, layer in inject.adapted_layers(self)]
 
     def _parameters_of(self, name: str) -> list[nn.Parameter]:
-        adapters = inject.delora_adapters(self.base_model, name).values()
-        full = inject.record_of(self.base_model).trained_in_full[name].values()
+        adapters = inject.delora_adapters(self, name).values()
+        full = inject.record_of(self).trained_in_full[name].values()
         return [*(p for adapter in adapters for p in adapter.parameters()), *full]
+
+
+def get_peft_model(model: nn.Module, peft_config: DeloraConfig, adapter_name: str = "default") -> DeloraModel:
+    """`model` with a new adapter, trainable, and everything else frozen: PEFT's function of this name.
+
+    Raises:
+        TypeError: a configuration of PEFT's own, or of another method.
+        DeloraConfigError: it fits nothing in `model`.
+    """
+    if not isinstance(peft_config, DeloraConfig):
+        raise TypeError(
+            f"peft_config is a {type(peft_config).__module__}.{type(peft_config).__name__}; give a DeloraConfig of "
+            f"delora_diffusion, or let PEFT's own get_peft_model adapt the model"
+        )
+    return DeloraModel(model, peft_config, adapter_name)
+
+
+def _names_in(path: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return dict.fromkeys(file.keys(), torch.empty(0))

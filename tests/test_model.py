@@ -121,7 +121,7 @@ def test_default_layers_are_pefts(made: Maker) -> None:
         config = peft.DeloraConfig(r=4)
     theirs = peft.get_peft_model(made(), config)
     layers = [n for n, m in theirs.named_modules() if isinstance(m, peft.tuners.delora.DeloraLayer)]
-    assert list(delora_adapters(DeloraModel(made(), DeloraConfig(r=4)).base_model)) == [
+    assert list(delora_adapters(DeloraModel(made(), DeloraConfig(r=4)))) == [
         name.removeprefix("base_model.model.") for name in layers
     ]
 
@@ -199,7 +199,8 @@ def test_a_native_file_of_several_components_gives_the_part_that_fits(tmp_path: 
 def test_it_is_called_and_generates_as_the_model_it_wraps() -> None:
     torch.manual_seed(0)
     base = llama().eval()
-    model = DeloraModel(copy.deepcopy(base), DeloraConfig(r=2, delora_lambda=8.0))
+    wrapped = copy.deepcopy(base)
+    model = DeloraModel(wrapped, DeloraConfig(r=2, delora_lambda=8.0))
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(TOKENS, **settings), base.generate(TOKENS, **settings))
     shake(model)
@@ -207,7 +208,8 @@ def test_it_is_called_and_generates_as_the_model_it_wraps() -> None:
     assert torch.equal(
         model.generate(TOKENS, **settings), copy.deepcopy(model).merge_and_unload().generate(TOKENS, **settings)
     )
-    assert model.config is model.base_model.config and model.get_base_model() is model.base_model
+    assert model.get_base_model() is wrapped and model.config is wrapped.config
+    assert model.base_model is wrapped.model and isinstance(model, LlamaForCausalLM)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = model.nonsense
 
@@ -218,7 +220,7 @@ def test_disabling_merging_and_unloading(made: Maker) -> None:
     with model.disable_adapter():
         assert torch.equal(output(model), base)
     assert torch.equal(output(model), adapted)
-    assert model.merge_adapter().layers == len(delora_adapters(model.base_model))
+    assert model.merge_adapter().layers == len(delora_adapters(model))
     close(output(model), adapted)
     model.unmerge_adapter()
     assert torch.equal(output(model), adapted)
@@ -250,7 +252,7 @@ def test_only_active_adapters_are_trained_and_a_loaded_one_neither_acts_nor_trai
     assert model.active_adapters == ["default"] and torch.equal(output(model), adapted)
 
     def trained(name: str) -> set[bool]:
-        return {p.requires_grad for a in delora_adapters(model.base_model, name).values() for p in a.parameters()}
+        return {p.requires_grad for a in delora_adapters(model, name).values() for p in a.parameters()}
 
     assert (trained("default"), trained("copy")) == ({True}, {False})
     model.set_adapter("copy")

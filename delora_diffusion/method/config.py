@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterable
@@ -12,7 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DeloraError
+from ..peft_bridge import peft_config
 from .patterns import PatternError, compiled, starts_of
+
+log = logging.getLogger(__name__)
 
 #: The attention projections of diffusers' denoisers (of single-stream blocks that fuse them with the feed-forward
 #: ones, those) and of text encoders, by module name.
@@ -157,6 +161,27 @@ class DeloraConfig:
     def from_json(cls, text: str) -> DeloraConfig:
         """The inverse of `to_json`."""
         return cls.from_dict(json.loads(text))
+
+    def to_peft(self) -> Any:
+        """PEFT's own `DeloraConfig` of the same fields. What is adapted with it (as by trl's `peft_config=`) runs
+        PEFT's implementation, not this package's, and a line in the log says so.
+
+        Raises:
+            ImportError: PEFT is not installed.
+            DeloraConfigError: a field that PEFT does not have.
+        """
+        if self.relative_lambda is not None or self.init_weights not in ("zero", "kaiming"):
+            raise DeloraConfigError(
+                f"PEFT's DeLoRA has no relative_lambda and starts by 'zero' or 'kaiming' only (here: relative_lambda "
+                f"{self.relative_lambda}, init_weights {self.init_weights!r}); give delora_lambda and one of these, "
+                f"or adapt the model with get_peft_model of delora_diffusion"
+            )
+        fields = self.to_dict()
+        del fields["relative_lambda"]
+        chosen = {name: PRESETS.get(fields[name], fields[name]) if isinstance(fields[name], str) else fields[name]
+                  for name in ("target_modules", "exclude_modules")}  # fmt: skip
+        log.warning("to_peft: what is adapted with this configuration runs PEFT's implementation of DeLoRA")
+        return peft_config({**fields, **chosen, "init_weights": self.init_weights == "zero"})
 
     def rank_of(self, name: str) -> int:
         """Rank of the layer called `name`."""

@@ -15,23 +15,32 @@ from .targets import target_linears
 
 #: Half-precision bases shift a column norm by less than this; another fine-tune of the same model by far more.
 BASE_TOLERANCE = 5e-3
+#: Between a layer's name and an adapter's, in the module's own names.
+IN_MODULE = ".delora.adapters."
 
 
 def delora_state_dict(
-    module: nn.Module, adapter_name: str = "default", *, at_current_weight: bool = False
+    module: nn.Module,
+    adapter_name: str = "default",
+    *,
+    at_current_weight: bool = False,
+    gathered: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The adapter's tensors: `<layer>.delora_A` (r, in), `.delora_B` (out, r), `.delora_lambda` (1,),
     `.delora_w_norm` (in,); `_init` copies for a residual adapter; parameters trained in full under their own names.
 
     Args:
         at_current_weight: multiply lambda by the weight the adapter has now, as `set_delora_adapters` gave it.
+        gathered: the module's state dict, where its own parameters are spread over processes.
     """
-    tensors = {}
+    tensors, values = {}, gathered or {}
     for name, adapter in delora_adapters(module, adapter_name).items():
-        for leaf, tensor in adapter.tensors().items():
+        for leaf, own in adapter.tensors().items():
+            tensor = values.get(f"{name}{IN_MODULE}{adapter_name}.{leaf}", own).detach()
             scaled = at_current_weight and leaf.startswith("delora_lambda")
-            tensors[f"{name}.{leaf}"] = tensor.detach() * adapter.delora_weight if scaled else tensor.detach()
-    return tensors | {name: p.detach() for name, p in record_of(module).trained_in_full[adapter_name].items()}
+            tensors[f"{name}.{leaf}"] = tensor * adapter.delora_weight.to(tensor.device) if scaled else tensor
+    full = record_of(module).trained_in_full[adapter_name]
+    return tensors | {name: values.get(name, parameter).detach() for name, parameter in full.items()}
 
 
 @dataclass(frozen=True)
@@ -143,8 +152,13 @@ def current_lambdas(module: nn.Module, adapter_name: str = "default") -> dict[st
     return dict(zip(values, torch.cat(list(values.values())).tolist(), strict=True))
 
 
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """How many parameters of a module are trained, and how many there are."""
+    parameters = list(module.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
 def print_trainable_parameters(module: nn.Module) -> None:
     """Print how many parameters are trained, of how many, in PEFT's words."""
-    parameters = [p for name, p in module.named_parameters()]
-    trained, total = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    trained, total = count_parameters(module)
     print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")

@@ -63,7 +63,7 @@ def write_card(
         strength: which strength to use and why, in Markdown; `set_strength` can write it later.
     """
     front = {
-        **({"base_model": base_model} if _is_hub_id(base_model) else {}),
+        **({"base_model": base_model} if is_hub_id(base_model) else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["delora", "dreambooth", "text-to-image", "diffusers"],
@@ -206,6 +206,6 @@ def _figures(folder: Path) -> Iterator[str]:
     yield ""
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a base can be found by others: the Hub rejects a card that names a folder as its base."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
