@@ -15,7 +15,7 @@ PACKAGE = Path(delora_diffusion.__file__).parent
 #: Wings, and files beside them, from the ground up. One imports only from rows above its own; inside a wing, files
 #: import each other without a circle.
 FLOORS = (
-    ("errors",),
+    ("errors", "locks"),
     ("atomic", "console", "options", "peft_bridge", "run_folder", "same_module", "seeds"),
     ("method", "families"),
     ("base", "adapters"),
