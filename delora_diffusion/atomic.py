@@ -63,6 +63,16 @@ def remove(path: Path) -> None:
         _replace(path, place / path.name)
 
 
+def check_writable(folder: Path) -> None:
+    """Try to write into a folder, which is made where it is missing.
+
+    Raises:
+        OSError: why that cannot be done.
+    """
+    with _aside(folder) as (place, _):
+        (place / "written").write_bytes(bytes(4096))
+
+
 def clear_scraps(folder: Path) -> None:
     """Clear away what processes that are dead left aside in `folder`, and end what they had only to rename."""
     for lock in (folder / ASIDE).glob("*.lock"):

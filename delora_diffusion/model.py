@@ -17,13 +17,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters.adapter import Adapter
 from .adapters.assign import part_for
 from .adapters.peft import check_expressible
 from .adapters.read import read_adapter
+from .adapters.safetensors_file import write_tensors
 from .atomic import complete_file
 from .export.peft_folder import write_peft
 from .method import inject, state
@@ -146,7 +146,7 @@ class DeloraModel(nn.Module):
         if folder.name.startswith("checkpoint-"):
             tensors = {name: tensor.contiguous() for name, tensor in raw_adapter_state(self, state_dict).items()}
             with complete_file(path) as aside:
-                save_file(tensors, aside, metadata={"format": "pt", "holds": "adapters"})
+                write_tensors(aside, tensors, {"format": "pt", "holds": "adapters"})
         elif path.is_file() and is_raw_adapter_state(self, _names_in(path)):
             path.unlink()
 

@@ -17,6 +17,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lock = path / ".lock"  # of the run that is writing
         self.adapter = path / ADAPTER_NAME  # the native format
         self.lora = path / LORA_NAME  # the same as a LoRA, for plain diffusers
         self.settings = path / "config.yaml"  # every option: it repeats the run

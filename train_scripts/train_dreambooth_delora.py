@@ -9,7 +9,9 @@ command line all of them, so that `--config my_dog.yaml train_scripts/configs/me
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,13 +19,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from delora_diffusion.base.checks import BaseModelError
 from delora_diffusion.base.denoiser import Denoiser
 from delora_diffusion.base.objective import ObjectiveError
-from delora_diffusion.console import quiet_libraries
+from delora_diffusion.console import lasting_output, one_line, optional, quiet_libraries
 from delora_diffusion.data.image_files import DataError
 from delora_diffusion.evaluation.encoders import EncoderError
 from delora_diffusion.evaluation.scorer import Scorer
@@ -32,7 +34,7 @@ from delora_diffusion.method.config import DeloraConfigError
 from delora_diffusion.method.inject import delora_disabled
 from delora_diffusion.options import OptionError, parse
 from delora_diffusion.pipeline import save_delora_weights
-from delora_diffusion.reports.card import push_to_hub
+from delora_diffusion.reports.card import HubError, push_to_hub
 from delora_diffusion.run_folder import RunFolder
 from delora_diffusion.training import loop, memory
 from delora_diffusion.training.adapt import adapt
@@ -42,20 +44,29 @@ from delora_diffusion.training.checkpoint import CheckpointError
 from delora_diffusion.training.config import GROUPS, Options
 from delora_diffusion.training.diffusers_flags import DiffusersFlags
 from delora_diffusion.training.log import LOG_STEPS, TrainingLog, due
-from delora_diffusion.training.loop import Interrupted, Modules, TrainingError
-from delora_diffusion.training.output import clear_output
+from delora_diffusion.training.output import clear_output, only_run
 from delora_diffusion.training.prepare import Prepared, content_of, examples_of, prepare, provenance_of
 from delora_diffusion.training.preview import Previews
-from delora_diffusion.training.results import write_results, write_settings
+from delora_diffusion.training.results import save_result, write_results, write_settings
+from delora_diffusion.training.state import (
+    Interrupted,
+    Modules,
+    TrainingError,
+    check_finite,
+    new_state,
+    put_average,
+    resume,
+    save,
+    save_before_the_end,
+)
 
 KNOWN_ERRORS = (OptionError, DataError, BaseModelError, EncoderError, DeloraConfigError, ObjectiveError, FamilyError,
-                CheckpointError, TrainingError, ImportError)  # fmt: skip
+                CheckpointError, TrainingError, HubError, ImportError)  # fmt: skip
 log = logging.getLogger("delora_diffusion.train_dreambooth")
 
 
-def run(options: Options) -> Path:
+def run(options: Options, accelerator: Accelerator) -> Path:
     """Train one adapter as the options say; returns the output folder."""
-    accelerator = start(options)
     main, out = accelerator.is_main_process, RunFolder(Path(options.training.output_dir))
 
     # ---- refuse what can be refused before anything large is read
@@ -86,33 +97,41 @@ def run(options: Options) -> Path:
         previews.best = keeper(scorer, previews, modules, provenance, accelerator)
 
     # ---- the loop
-    steps = train(checked, base, modules, previews, accelerator)
+    steps = train(checked, base, modules, previews, provenance, accelerator)
 
     # ---- finish
     if main:
-        write_results(checked, modules, previews, provenance, steps, accelerator)
+        write_results(checked, modules, previews, steps, accelerator)
         if options.training.push_to_hub:
             log.info("uploaded to %s", push_to_hub(out.path, options.training.hub_model_id))
-    accelerator.end_training()
+    with optional("last word to the tracker"):
+        accelerator.end_training()
     return out.path
 
 
-def train(checked: Checked, base: Prepared, modules: Modules, previews: Previews, accelerator: Accelerator) -> int:
-    """Train the adapters in place, from the start or from a checkpoint; returns the steps done.
+def train(
+    checked: Checked,
+    base: Prepared,
+    modules: Modules,
+    previews: Previews,
+    provenance: Mapping[str, str],
+    accelerator: Accelerator,
+) -> int:
+    """Train the adapters in place, from the start or from a checkpoint, and save them; returns the steps done.
 
     Raises:
-        TrainingError: the loss is not finite; the newest checkpoint stays.
-        Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
+        TrainingError: something is not finite, and the newest checkpoint stays; or the adapter is saved elsewhere.
+        Interrupted: after a signal that asks for an end, once a checkpoint is written.
         CheckpointError: nothing to resume from, or a checkpoint of another run.
     """
     options, training, main = checked.options, checked.options.training, accelerator.is_main_process
     denoiser, examples = Denoiser(modules[checked.family.denoiser], checked.family), examples_of(checked, base)
-    state = loop.new_state(modules, options, processes=accelerator.num_processes, identity=content_of(checked, base))
+    state = new_state(modules, options, processes=accelerator.num_processes, identity=content_of(checked, base))
     optimizer, parameters = accelerator.prepare(state.optimizer), list(state.parameters.values())
-    resumed = loop.resume(state, modules, options)
+    resumed = resume(state, modules, options)
     loop.announce(accelerator, modules, examples, state, options, resumed)
     run_log = TrainingLog(
-        previews.run.log if main else None, state.step, total=training.max_train_steps,
+        previews.run.log if main else None, state.step, total=training.max_train_steps, losses=state.unlogged,
         track=accelerator.log if accelerator.trackers else None,
     )  # fmt: skip
     loop.set_strength(modules, loop.ramp_weight(state.step - 1, state.warmup))
@@ -144,12 +163,16 @@ def train(checked: Checked, base: Prepared, modules: Modules, previews: Previews
             if line or checkpoint or stop or due(state.step, options.validation.validation_steps):
                 losses, stop = unread.read(accelerator, stopping, previews.run.path)
                 run_log.add(state.step, losses, state.rates, denoiser.module, line=line)
-            if stop or checkpoint:
-                loop.save(state, modules, options, accelerator)
             if stop:
-                raise Interrupted(f"stopped at step {state.step}; go on with --resume_from_checkpoint latest")
-    loop.set_strength(modules, loop.ramp_weight(state.step - 1, state.warmup))
-    loop.put_average(state)
+                how = save_before_the_end(state, modules, options, accelerator)
+                raise Interrupted(f"stopped at step {state.step}; {how}")
+            if checkpoint:
+                save(state, modules, options, accelerator)
+        loop.set_strength(modules, loop.ramp_weight(state.step - 1, state.warmup))
+        put_average(state)
+        check_finite(state, options)
+        if main:  # before the last pictures, which take a while
+            save_result(previews.run, modules, {**provenance, "steps": str(state.step)})
     if state.step == training.max_train_steps or state.ema is not None:
         preview()  # a run that ended early has its last pictures already
     return state.step
@@ -172,39 +195,58 @@ def keeper(
 
 
 def start(options: Options) -> Accelerator:
-    """accelerate, as the options set it up."""
+    """accelerate, as the options set it up. Processes without a GPU must be told so, or each takes itself for the
+    only one; and whoever waits for the main one's pictures does so for as long as they take."""
     training, name = options.training, options.training.report_to
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=30))
     try:
         folders = ProjectConfiguration(training.output_dir, str(Path(training.output_dir, training.logging_dir or "")))
-        accelerator = Accelerator(mixed_precision=training.mixed_precision, log_with=name, project_config=folders)
-    except ValueError as error:  # fp16 without a GPU, an unknown tracker
+        accelerator = Accelerator(
+            mixed_precision=training.mixed_precision, log_with=name, project_config=folders,
+            cpu=several and not torch.accelerator.is_available(), kwargs_handlers=[patience],
+        )  # fmt: skip
+    except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
+        # fp16 without a GPU, an unknown tracker, what `accelerate config` wrote for another machine
         raise OptionError(f"mixed_precision {training.mixed_precision}, report_to {name}: {error}") from error
     if name and not accelerator.log_with:
         raise OptionError(f'report_to {name}: it is not installed: pip install "delora_diffusion[{name}]"')
     if training.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    if "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ and accelerator.num_processes == 1:
+        log.warning("the launcher was asked for several processes and started one; torchrun starts them on CPUs, too")
     logging.getLogger("delora_diffusion").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     return accelerator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the options, run, and say in one line what went wrong, if something did; returns the exit code."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
-    given = sys.argv[1:] if argv is None else argv
-    title = (__doc__ or "").splitlines()[0]
-    parsed: Any = parse(
-        given, *GROUPS, prog="train_dreambooth_delora", description=title, translation=DiffusersFlags()
-    )
-    quiet_libraries()
-    try:
-        run(Options(**dict(zip(("model", "adapter", "data", "training", "validation"), parsed, strict=True))))
-    except Interrupted as stop:
-        log.warning("%s", stop)
-        return 130
-    except KNOWN_ERRORS as error:
-        log.error("error: %s", error)
-        return 1
-    return 0
+    with lasting_output():
+        logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
+        given = sys.argv[1:] if argv is None else argv
+        title = (__doc__ or "").splitlines()[0]
+        parsed: Any = parse(
+            given, *GROUPS, prog="train_dreambooth_delora", description=title, translation=DiffusersFlags()
+        )
+        options = Options(**dict(zip(("model", "adapter", "data", "training", "validation"), parsed, strict=True)))
+        quiet_libraries()
+        try:
+            accelerator = start(options)
+            with only_run(options.training, accelerator):
+                run(options, accelerator)
+        except Interrupted as stop:
+            log.warning("%s", stop)
+            return 130
+        except KeyboardInterrupt:
+            log.warning("stopped; checkpoints, if there are any, are as they were: --resume_from_checkpoint latest")
+            return 130
+        except KNOWN_ERRORS as error:
+            log.error("error: %s", error)
+            return 1
+        except OSError as error:
+            log.error("error: %s", one_line(error))
+            return 1
+        return 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..atomic import complete_file
@@ -20,7 +19,7 @@ from ..method.delora import INIT_TENSOR_NAMES, TENSOR_NAMES
 from ..options import OptionError
 from ..run_folder import ADAPTER_NAME
 from .safetensors_file import AdapterFileError as AdapterFileError
-from .safetensors_file import check_sum, described, read_header, read_tensors, sort_header, with_checksum
+from .safetensors_file import check_sum, described, read_header, read_tensors, with_checksum, write_tensors
 
 FORMAT = "delora-2"
 _WITHOUT_CHECKSUM = "delora-1"
@@ -69,8 +68,7 @@ def write_adapter(path: Path, adapter: Adapter) -> Path:
     configs = {component: config.to_dict() for component, config in adapter.configs.items()}
     header = {**adapter.provenance, "format": FORMAT, "delora_config": json.dumps(configs, sort_keys=True)}
     with complete_file(path) as aside:
-        save_file(tensors, aside, metadata=with_checksum(tensors, header))
-        sort_header(aside)
+        write_tensors(aside, tensors, with_checksum(tensors, header))
     return path
 
 

@@ -1,16 +1,20 @@
-"""safetensors files: what is refused of those that others wrote, and what it is said to be; the checksum of ours."""
+"""safetensors files: written, always to the same bytes; read, whoever wrote them, or refused and called by name; the
+checksum of ours."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DeloraError
@@ -132,19 +136,29 @@ def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def sort_header(path: Path) -> None:
-    """Bring the header of a safetensors file that was just written into one order: the library shuffles its text, and
-    files of the same content would differ."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file: of the same tensors and header always the same bytes.
+
+    The library itself puts the entries of a header into another order every time.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=dict(header) if header else None)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    if not header:
+        return
     with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        if text := header.get("__metadata__"):
-            header["__metadata__"] = dict(sorted(text.items()))
-        data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(data) > size:
-            raise ValueError(f"the header of {path} takes {len(data)} bytes, and {size} are there")
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
         file.seek(8)
-        file.write(data.ljust(size))
+        file.write(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def _problem_at_start(path: Path) -> str:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..atomic import complete_file
+from ..adapters.safetensors_file import write_tensors
+from ..atomic import clear_scraps, complete_file
 from ..base.latents import posterior
 from ..families import Conditioning, Family, from_tensors, to_tensors
 from .image_files import DataError
@@ -36,6 +37,7 @@ class Cache:
         self.memory: dict[str, Encoded] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            clear_scraps(folder)
 
     def get(self, key: str, make: Callable[[], Encoded]) -> Encoded:
         """The tensors stored under `key`, or those of `make()`, which are then stored; on the CPU."""
@@ -60,7 +62,7 @@ class Cache:
         tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         if (path := self._path(key)) is not None:
             with complete_file(path) as aside:
-                save_file(tensors, aside)
+                write_tensors(aside, tensors)
         return tensors
 
 

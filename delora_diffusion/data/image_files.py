@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import struct
 from collections.abc import Iterable
@@ -96,19 +97,30 @@ def load_image(path: Path) -> Image.Image:
     Raises:
         DataError: not an image, or a truncated one.
     """
+    return read_photo(path)[0]
+
+
+def read_photo(path: Path) -> tuple[Image.Image, str]:
+    """The same, and the hash of the bytes it was made from.
+
+    Raises:
+        DataError: as before.
+    """
     image_suffixes()  # so that Pillow knows HEIF
     try:
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()[:32]
         try:
-            return _rgb(path)
+            return _rgb(io.BytesIO(content)), digest
         except ValueError:  # PNG from image generators hold texts of a size that Pillow takes for an attack
-            if (content := path.read_bytes())[:8] != _PNG:
+            if content[:8] != _PNG:
                 raise
-            return _rgb(io.BytesIO(_without_texts(content)))
+            return _rgb(io.BytesIO(_without_texts(content))), digest
     except Exception as error:  # Pillow meets damage with nearly any: OSError, SyntaxError, struct.error, TypeError
         raise DataError(f"cannot read the image {path}: {error}; replace it or take it out of the folder") from error
 
 
-def _rgb(file: Path | io.BytesIO) -> Image.Image:
+def _rgb(file: io.BytesIO) -> Image.Image:
     with Image.open(file) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode == "F" or upright.mode.startswith("I"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from .buckets import Size, bucket_sizes, largest_part, nearest_size
 from .captions import Captions, is_caption_file, read_captions
 from .config import DataConfig
-from .image_files import find_images, left_out, load_image, some_of
+from .image_files import DataError, find_images, left_out, read_photo, some_of
 
 CROPPED = 0.2  # share of a photo whose loss is worth a word
 ENLARGED = 1.1  # the same of a factor by which it is enlarged
@@ -57,9 +56,15 @@ class Example:
         return f"{self.content}:{view.box}:{view.flip}:{view.size}{how}"
 
     def pixels(self, view: View) -> Tensor:
-        """The view as (3, height, width) fp32 in -1 .. 1."""
-        how = Image.Resampling[view.resampling.upper()]
-        image = load_image(self.path).resize(view.size[::-1], how, box=view.box)
+        """The view as (3, height, width) fp32 in -1 .. 1.
+
+        Raises:
+            DataError: the file is no longer what it was: its pixels would be kept under the name of others.
+        """
+        image, content = read_photo(self.path)
+        if content != self.content:
+            raise DataError(f"{self.path} has changed since this run first read it; start the run again")
+        image = image.resize(view.size[::-1], Image.Resampling[view.resampling.upper()], box=view.box)
         if view.flip:
             image = ImageOps.mirror(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
@@ -128,8 +133,8 @@ def describe_sizes(examples: Sequence[Example], config: DataConfig) -> str:
 
 
 def _example(path: Path, caption: str, weight: float, config: DataConfig, *, seed: int) -> Example:
-    width, height = load_image(path).size
-    content = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    image, content = read_photo(path)
+    width, height = image.size
     size = nearest_size(width, height, bucket_sizes(config.resolution, config.aspect_ratio_buckets))
     views = tuple(
         View(box, flip, size, config.image_interpolation_mode)

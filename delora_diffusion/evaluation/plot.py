@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..atomic import complete_file
 from ..options import OptionError
+from ..reports.figure import blank_figure
 from ..reports.table import Row
 from .scores import METRIC
 
@@ -20,7 +21,7 @@ def need_matplotlib(option: str) -> None:
         OptionError: matplotlib is not installed; the message names `option` and the extra.
     """
     try:
-        import matplotlib  # noqa: F401
+        blank_figure()
     except ImportError as error:
         raise OptionError(
             f'{option} needs the extra plots: pip install "delora_diffusion[plots]", or turn it off: --no-{option}'
@@ -38,11 +39,7 @@ def dial_plot(
         column: the likeness to show, the name of a metric.
         reference: what the photos themselves score, a dashed line.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for name, rows in subjects.items():
         x, y = _points(rows, column)

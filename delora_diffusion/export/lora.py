@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, is_native
-from ..adapters.safetensors_file import sort_header
+from ..adapters.safetensors_file import write_tensors
 from ..atomic import complete_file
 from ..families import Architecture
 from ..method.lowrank import LowRank
@@ -113,8 +113,7 @@ def export_lora(
             trigger=trigger or _triggers(adapters),
         )
     with complete_file(path) as aside:
-        save_file(tensors, aside, metadata=header)
-        sort_header(aside)
+        write_tensors(aside, tensors, header)
     counts = {component: len(layers) for component, layers in updates.items()}
     return ExportReport(path=path, style=style, rank=width, layers=counts, notes=(*notes, *more))
 

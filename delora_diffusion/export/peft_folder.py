@@ -11,12 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.peft import CONFIG_NAME, WEIGHTS_NAME, PeftFormatError, check_expressible, to_peft
-from ..adapters.safetensors_file import sort_header, with_checksum
+from ..adapters.safetensors_file import with_checksum, write_tensors
 from ..adapters.sources import as_adapter, live_modules
 from ..atomic import complete_file
 
@@ -68,8 +67,7 @@ def write_peft(folder: Path, adapter: Adapter, component: str, *, module: nn.Mod
     fields = {"base_model_name_or_path": base, "auto_mapping": _auto_mapping(module), **fields}
     header = {**adapter.provenance, "format": "pt", **({"component": component} if component else {})}
     with complete_file(folder / WEIGHTS_NAME) as weights, complete_file(folder / CONFIG_NAME) as config:
-        save_file(tensors, weights, metadata=with_checksum(tensors, header))
-        sort_header(weights)
+        write_tensors(weights, tensors, with_checksum(tensors, header))
         config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
 

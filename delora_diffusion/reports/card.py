@@ -158,6 +158,35 @@ def push_to_hub(folder: Path, repo: str | None, *, private: bool = False, sheet:
     return str(url)
 
 
+def check_login(repo: str | None) -> None:
+    """Refuse early an upload that the Hub would refuse at the end.
+
+    Raises:
+        HubError: nobody is logged in, the name cannot be a repository's, or huggingface_hub is offline.
+    """
+    from huggingface_hub import constants, get_token, whoami
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubError("push_to_hub: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or leave this out")
+    if get_token() is None:
+        raise HubError("push_to_hub: nobody is logged in; hf auth login, or set HF_TOKEN")
+    try:
+        if repo is not None:
+            validate_repo_id(repo)
+        whoami()
+    except HFValidationError as error:
+        raise HubError(f"push_to_hub: {error}; give another hub_model_id") from error
+    except Exception as error:
+        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+        if refused or isinstance(error, LocalTokenNotFoundError):
+            raise HubError("push_to_hub: the Hub knows no such login; hf auth login, or set HF_TOKEN") from error
+        if not _of_the_hub(error):
+            raise
+        # away for the moment: it may be back when there is something to upload
+
+
 def _of_the_hub(error: Exception) -> bool:
     """Whether an upload failed because of the Hub or the way to it.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import complete_file
+from .figure import blank_figure
 from .inspect import Inspection, LayerFigures, kinds_of, relative_update
 
 #: Okabe and Ito's colours, which people with any colour vision tell apart.
@@ -50,11 +51,6 @@ def draw_inspections(inspections: Sequence[Inspection]) -> Any:
     A bar is |dW| / |W| of all layers of that kind in that block together; dots are single layers. With more than 16
     blocks the bars become lines, and the adapters stand below each other.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotError('plots need matplotlib; install it with: pip install "delora_diffusion[plots]"') from error
-
     everything = [layer for inspection in inspections for layer in inspection.layers]
     components = list(dict.fromkeys(layer.component for layer in everything))
     if not components:
@@ -64,7 +60,10 @@ def draw_inspections(inspections: Sequence[Inspection]) -> Any:
     columns = 1 if crowded else len(inspections)
     rows = len(components) * len(inspections) // columns
     size = max(4.5, min(14.0, 1.5 + 0.9 * widest)) * columns + 1.5, 3.2 * rows
-    figure = Figure(figsize=size, layout="constrained")
+    try:
+        figure = blank_figure(figsize=size, layout="constrained")
+    except ImportError as error:
+        raise PlotError('plots need matplotlib; install it with: pip install "delora_diffusion[plots]"') from error
     axes = iter(figure.subplots(rows, columns, squeeze=False).flat)
     for component in components:
         layers = [layer for layer in everything if layer.component == component]

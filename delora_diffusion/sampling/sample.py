@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..adapters.adapter import Adapter, base_of
 from ..adapters.read import read_adapter
-from ..atomic import complete_file
+from ..atomic import clear_scraps, complete_file
 from ..base.config import ModelConfig
 from ..base.load import half_precision, load_base
 from ..base.speed import compile_blocks
@@ -77,6 +77,7 @@ def sample(config: SamplingConfig, drawing: DrawingConfig) -> Path:
     planned = plan(config, drawing)
     out, jobs = Path(config.output_dir), planned.jobs
     out.mkdir(parents=True, exist_ok=True)
+    clear_scraps(out)
     missing = [job for job in jobs if not (out / job.file).is_file()]
     if state.is_main_process:
         there = len(jobs) - len(missing)

@@ -112,7 +112,10 @@ def preview_protocol(scorer: Scorer, config: ValidationConfig) -> str:
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
-    """What `best/` of a run holds: step, rule, score and figures; None if there is none."""
+    """What `best/` of a run holds: step, rule, score and figures; None if there is none, or none that can be read."""
     path = RunFolder(folder).best / SUMMARY
-    summary: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return summary
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {**summary, "step": int(summary["step"]), "rule": str(summary["rule"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -16,9 +16,10 @@ from ..data.prompts import read_prompts
 from ..families import Family, check_trainable
 from ..method.config import DeloraConfig
 from ..method.targets import target_linears
+from ..reports.card import check_login
 from .adapt import denoiser_config
 from .config import Options
-from .output import check_output
+from .output import check_folders, check_output
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,6 +58,9 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
     options = in_steps(options, len(instances), accelerator.num_processes)
     training, validation = options.training, options.validation
     check_output(training)
+    check_folders(options.data)
+    if training.push_to_hub:
+        check_login(training.hub_model_id)
     measuring = validation.validation_dino or validation.validation_clip
     world = read_prompts(validation.validation_world_prompt, option="validation_world_prompt") if measuring else []
     prompts = read_prompts(validation.validation_prompt, option="validation_prompt")

@@ -6,37 +6,48 @@ Noise, timesteps and the order of photos are functions of (seed, step), so no st
 from __future__ import annotations
 
 import json
-import shutil
+import logging
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..adapters.adapter import write_adapter
 from ..adapters.read import read_adapter
-from ..adapters.safetensors_file import AdapterFileError
-from ..atomic import complete_folder
+from ..adapters.safetensors_file import AdapterFileError, write_tensors
+from ..atomic import complete_folder, remove
 from ..options import options_with
 from ..run_folder import RunFolder, step_of
 from .config import GROUPS
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says which, why and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands: optimiser steps done, the options it was started with, what it trains on."""
+    """Where a run stands.
+
+    Attributes:
+        step: optimiser steps done.
+        options: those it was started with.
+        identity: what it trains on, by content.
+        unlogged: losses that no line of the log holds yet.
+    """
 
     step: int
     options: dict[str, Any]
     identity: dict[str, Any]
+    unlogged: list[float] = field(default_factory=list)
 
 
 def write_checkpoint(
@@ -49,12 +60,12 @@ def write_checkpoint(
 ) -> None:
     """Write everything a continuation needs into `folder`, which is complete or absent."""
     tensors, packed = _flatten(optimizer.state_dict())
-    state = {"step": progress.step, "options": progress.options, "identity": progress.identity, "optimizer": packed}
+    state = {**asdict(progress), "written": time.time(), "optimizer": packed}
     with complete_folder(folder) as aside:
         write_adapter(aside, adapter)
-        save_file(tensors, aside / "optimizer.safetensors")
+        write_tensors(aside / "optimizer.safetensors", tensors)
         if ema is not None:
-            save_file({name: t.cpu().contiguous() for name, t in ema.items()}, aside / "ema.safetensors")
+            write_tensors(aside / "ema.safetensors", {name: t.cpu().contiguous() for name, t in ema.items()})
         (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
@@ -66,25 +77,34 @@ def read_progress(folder: Path) -> Progress:
     """
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return Progress(state["step"], state["options"], state["identity"])
-    except (OSError, ValueError, KeyError) as error:
+        known = {name: state[name] for name in ("step", "options", "identity")}
+        return Progress(**known, unlogged=state.get("unlogged", []))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder} is no checkpoint ({error}); give a checkpoint-N folder, or latest") from error
 
 
-def read_checkpoint(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, Tensor] | None]:
-    """The adapter and the moving average (if any) in a checkpoint; the optimiser is filled in place.
+def read_checkpoint(
+    folder: Path, optimizer: torch.optim.Optimizer, *, ema: bool
+) -> tuple[Any, dict[str, Tensor] | None]:
+    """The adapter and, with `ema`, the moving average in a checkpoint; the optimiser is filled in place.
 
     Raises:
-        CheckpointError: a damaged file.
+        CheckpointError: a missing or damaged file.
     """
     try:
         adapter = read_adapter(folder)
         packed = json.loads((folder / "state.json").read_text(encoding="utf-8"))["optimizer"]
-        optimizer.load_state_dict(_unflatten(load_file(folder / "optimizer.safetensors"), packed))
-        average = folder / "ema.safetensors"
-        return adapter, load_file(average) if average.is_file() else None
-    except (AdapterFileError, SafetensorError, OSError, ValueError, KeyError) as error:
+        optimizer.load_state_dict(_unflatten(_finite_tensors(folder / "optimizer.safetensors"), packed))
+        return adapter, _finite_tensors(folder / "ema.safetensors") if ema else None
+    except (AdapterFileError, SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot resume from {folder}: {error}; resume from an earlier checkpoint") from error
+
+
+def _finite_tensors(path: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = load_file(path)
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"{path.name} holds values that are not finite ({wrong[0]})")
+    return tensors
 
 
 def check_continues(folder: Path, then: Progress, now: Progress) -> None:
@@ -110,11 +130,14 @@ def check_continues(folder: Path, then: Progress, now: Progress) -> None:
 def find_checkpoint(output_dir: Path, asked: str) -> Path | None:
     """The checkpoint folder that `--resume_from_checkpoint` means; None for "latest" when there is none yet.
 
+    The latest is the one written last: a run that went on from an earlier checkpoint may not have come as far as it
+    had been before.
+
     Raises:
         CheckpointError: a named folder that does not exist.
     """
     if asked == "latest":
-        return max(RunFolder(output_dir).checkpoints(), key=step_of, default=None)
+        return next(reversed(_by_age(output_dir)), None)
     for folder in (Path(asked), output_dir / asked):
         if folder.is_dir():
             return folder
@@ -123,10 +146,25 @@ def find_checkpoint(output_dir: Path, asked: str) -> Path | None:
 
 
 def keep_newest(output_dir: Path, limit: int | None) -> None:
-    """Delete all but the newest `limit` checkpoints."""
-    if limit is not None:
-        for folder in RunFolder(output_dir).checkpoints()[:-limit]:
-            shutil.rmtree(folder)
+    """Delete all but the `limit` checkpoints that were written last."""
+    for folder in _by_age(output_dir)[:-limit] if limit else []:
+        try:
+            remove(folder)
+        except OSError as error:
+            log.warning("%s cannot be deleted: %s", folder, error.strerror or error)
+
+
+def _by_age(output_dir: Path) -> list[Path]:
+    """The checkpoints there are, the one that was written last at the end."""
+
+    def age(folder: Path) -> tuple[float, int]:
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return float(state["written"]), step_of(folder)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # damaged, or of an older version
+            return folder.stat().st_mtime, step_of(folder)
+
+    return sorted(RunFolder(output_dir).checkpoints(), key=age)
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:

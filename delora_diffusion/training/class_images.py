@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic import complete_file
+from ..atomic import clear_scraps, complete_file
 from ..data.image_files import is_image
 from ..sampling.generate import Prompts, generate, quiet
 from ..seeds import derived_seed
@@ -15,41 +15,40 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def fill_class_folder(
+def missing_class_images(folder: Path, count: int) -> list[tuple[int, str]]:
+    """Number and name of the images that `folder` lacks to hold `count`, whoever drew those that are there."""
+    clear_scraps(folder)
+    inside = folder.iterdir() if folder.is_dir() else ()
+    present = {path.name for path in inside if is_image(path)}
+    foreign = sum(not name.startswith("class_") for name in present)
+    names = [f"class_{number:05d}.png" for number in range(max(0, count - foreign))]
+    return [(number, name) for number, name in enumerate(names) if name not in present]
+
+
+def draw_class_images(
     pipe: DiffusionPipeline,
     folder: Path,
     prompt: Prompts,
-    count: int,
+    missing: Sequence[tuple[int, str]],
     *,
-    size: int,
     seed: int,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     batch_size: int,
-    rank: int = 0,
-    world: int = 1,
     progress: Callable[[Any], Any] = iter,
-) -> int:
-    """Draw the images that `folder` lacks to hold `count`, each with its own name and seed, split over processes.
+) -> None:
+    """Draw the images that are missing, each by its own seed.
 
     An image is complete or absent, so an interrupted call is continued by the next.
 
     Args:
         prompt: the class prompt, alone.
-
-    Returns:
-        How many images this process drew.
+        settings: how: size, steps and guidance, as `generate` takes them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    present = {path.name for path in folder.iterdir() if is_image(path)}
-    foreign = len([name for name in present if not name.startswith("class_")])
-    names = [f"class_{number:05d}.png" for number in range(max(0, count - foreign))]
-    missing = [(number, name) for number, name in enumerate(names) if name not in present][rank::world]
     with quiet(pipe):
         for first in progress(range(0, len(missing), batch_size)):
             part = missing[first : first + batch_size]
             seeds = [derived_seed(seed, "class", number) for number, _ in part]
-            images = generate(pipe, prompt.at([0] * len(part)), seeds, height=size, width=size, **settings)
+            images = generate(pipe, prompt.at([0] * len(part)), seeds, **settings)
             for (_, name), image in zip(part, images, strict=True):
                 with complete_file(folder / name) as aside:
                     image.save(aside)
-    return len(missing)

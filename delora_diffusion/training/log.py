@@ -6,9 +6,11 @@ A line of the loss has the key "loss"; a line of a preview has the figures measu
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..atomic import complete_file
+from ..console import one_line
 from ..evaluation.scores import METRIC, METRICS
 from ..method.state import current_lambdas, update_norms
 
@@ -55,6 +58,7 @@ class TrainingLog:
         start: int = 0,
         *,
         total: int | None = None,
+        losses: list[float] | None = None,
         track: Callable[[Mapping[str, Any], int], None] | None = None,
     ) -> None:
         """Begin at step `start`.
@@ -62,10 +66,13 @@ class TrainingLog:
         Args:
             path: the file; None on processes that keep no log.
             total: steps of the run, for the bar; None for no bar.
+            losses: those that no line holds yet, kept up to date.
             track: is told every line, and its step.
         """
         self.path, self.track, self.since = path, track, time.perf_counter()
-        self.losses: list[float] = []
+        self.losses = [] if losses is None else losses
+        self.steps = 0  # since `since`
+        self.unwritten = ""
         self.fresh: dict[str, Any] = {}
         self.shown: dict[str, str] = {}
         self.bar = tqdm(total=total, initial=start, desc="train", disable=path is None or total is None)
@@ -79,11 +86,12 @@ class TrainingLog:
         if self.path is None:
             return
         self.losses += losses
+        self.steps += len(losses)
         self.fresh = {}
         if line:
             norms, lambdas = update_norms(denoiser), current_lambdas(denoiser)
             mean_loss, mean_norm = _mean(self.losses), _mean(norms.values())
-            pace = (time.perf_counter() - self.since) / len(self.losses)
+            pace = (time.perf_counter() - self.since) / self.steps
             content = {
                 "step": step,
                 "loss": round(mean_loss, 6),
@@ -94,7 +102,8 @@ class TrainingLog:
                 **_by_block("lambda", lambdas),
             }
             self._write(content, content)
-            self.losses, self.since = [], time.perf_counter()
+            self.losses.clear()
+            self.steps, self.since = 0, time.perf_counter()
             self._show({"loss": f"{mean_loss:.4f}", "|dW|/|W|": f"{mean_norm:.4f}"})
 
     @contextlib.contextmanager
@@ -121,10 +130,18 @@ class TrainingLog:
     def _write(self, line: dict[str, Any], tracked: Mapping[str, Any]) -> None:
         assert self.path is not None
         self.fresh = line
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.unwritten += json.dumps(line) + "\n"
+        try:
+            _append(self.path, self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            log.warning("%s cannot be written, the next line tries again: %s", self.path, error.strerror or error)
         if self.track is not None:
-            self.track(tracked, line["step"])
+            try:
+                self.track(tracked, line["step"])
+            except Exception as error:
+                log.warning("nothing more is sent to the tracker: %s", one_line(error))
+                self.track = None
 
 
 def due(step: int, every: int) -> bool:
@@ -132,16 +149,30 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def _append(path: Path, text: str) -> None:
+    """Add text to a file, all of it or nothing."""
+    data = text.encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; none without the file. A last line that a crash cut off is left out."""
+    """The lines of a log; none without the file. What a crash cut off or damage made unreadable is left out."""
     lines: list[dict[str, Any]] = []
-    texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+            lines.append({**line, "step": int(line["step"])})
+        except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(texts):
-                raise
+                log.warning("%s: line %d cannot be read and is left out", path, number)
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The parts of the training loop: one step, what it changes besides the adapters, and where it stands.
+"""The parts of the training loop: one step, and what surrounds it.
 
 The loop itself is in train_scripts/train_dreambooth_delora.py. Everything random is a function of (seed, step, place
 in the batch), so a run gives the same adapter, bit for bit, whether it was interrupted or not. On any number of
@@ -11,152 +11,32 @@ import contextlib
 import logging
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.sources import collect
 from ..base.denoiser import Denoiser
 from ..base.objective import Objective
 from ..base.speed import attention_of
+from ..console import STOP_SIGNALS, one_line
 from ..method.inject import delora_adapters, set_delora_adapters
-from ..method.state import load_delora_state_dict
-from ..run_folder import RunFolder
+from ..options import OptionError
 from ..seeds import derived_seed
-from .checkpoint import (
-    Progress,
-    check_continues,
-    find_checkpoint,
-    keep_newest,
-    read_checkpoint,
-    read_progress,
-    write_checkpoint,
-)
 from .config import Options, TrainingConfig
 from .loss import Examples, Pick, batch_loss, picks
-from .optimizer import ema_update, make_optimizer, make_schedule, relative_gradients, set_lengths, trained_parameters
+from .optimizer import ema_update, relative_gradients
+from .state import Modules, TrainingError, TrainingState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
-#: The adapted components by name, the denoiser first.
-Modules = Mapping[str, nn.Module]
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, on which images, and what to do."""
-
-
-class Interrupted(Exception):
-    """Somebody asked the run to stop; a checkpoint was written first."""
-
-
-# ---- where a run stands --------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class TrainingState:
-    """What steps change besides the adapters themselves.
-
-    Attributes:
-        step: optimiser steps done.
-        parameters: all that is trained, by component and name.
-        ema: their moving average, if one is kept.
-        warmup: steps over which the strength rises.
-        identity: what is compared by content when the run is continued.
-    """
-
-    step: int = 0
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    ema: dict[str, Tensor] | None
-    warmup: int
-    identity: dict[str, Any]
-
-    @property
-    def rates(self) -> list[float]:
-        """The learning rates of now."""
-        return [group["lr"] for group in self.optimizer.param_groups]
-
-
-def new_state(modules: Modules, options: Options, *, processes: int, identity: Mapping[str, Any]) -> TrainingState:
-    """The state before the first step; sets the lengths of A and B.
-
-    Args:
-        identity: content of what is trained on.
-    """
-    training, adapter = options.training, options.adapter
-    set_lengths(modules, training)
-    optimizer = make_optimizer(modules, training)
-    parameters = trained_parameters(modules)
-    warmup = training.max_train_steps // 10 if adapter.lambda_warmup_steps is None else adapter.lambda_warmup_steps
-    constant = training.lr_scheduler.startswith("constant")
-    return TrainingState(
-        parameters=parameters,
-        optimizer=optimizer,
-        schedule=make_schedule(optimizer, training),
-        warmup=warmup,
-        ema={name: p.detach().clone() for name, p in parameters.items()} if training.use_ema else None,
-        identity={
-            **identity,
-            "photos_per_step": training.train_batch_size * training.gradient_accumulation_steps * processes,
-            "schedule_steps": None if constant else training.max_train_steps,
-            "lambda_warmup_steps": warmup,
-        },
-    )
-
-
-def resume(state: TrainingState, modules: Modules, options: Options) -> Path | None:
-    """Take up the checkpoint that `resume_from_checkpoint` means, if there is one; returns its folder.
-
-    Raises:
-        CheckpointError: no such checkpoint, a damaged one, or one of another run.
-    """
-    training = options.training
-    if not training.resume_from_checkpoint:
-        return None
-    folder = find_checkpoint(Path(training.output_dir), training.resume_from_checkpoint)
-    if folder is None:
-        return None
-    before = read_progress(folder)
-    if options.adapter.lambda_warmup_steps is None:
-        state.warmup = state.identity["lambda_warmup_steps"] = before.identity["lambda_warmup_steps"]
-    check_continues(folder, before, Progress(before.step, options.flat(), state.identity))
-    saved, average = read_checkpoint(folder, state.optimizer)
-    for component, module in modules.items():
-        load_delora_state_dict(module, saved.tensors[component], check_base=False)
-    if state.ema is not None and average is not None:
-        state.ema = {name: average[name].to(p.device) for name, p in state.parameters.items()}
-    state.step = before.step
-    if state.step:  # the rates themselves came with the optimiser's state
-        stood = {"last_epoch": state.step, "_step_count": state.step + 1}
-        state.schedule.load_state_dict({**state.schedule.state_dict(), **stood})
-    return folder
-
-
-def save(state: TrainingState, modules: Modules, options: Options, accelerator: Accelerator) -> None:
-    """Write a checkpoint, and delete the oldest where there are too many; all processes wait for the main one."""
-    if accelerator.is_main_process:
-        run = RunFolder(Path(options.training.output_dir))
-        adapter = collect(modules, "default", at_current_weight=False)
-        progress, optimizer = Progress(state.step, options.flat(), state.identity), state.optimizer
-        folder = run.checkpoint(state.step)
-        write_checkpoint(folder, progress=progress, adapter=adapter, optimizer=optimizer, ema=state.ema)
-        keep_newest(run.path, options.training.checkpoints_total_limit)
-    accelerator.wait_for_everyone()
-
-
-@torch.no_grad()
-def put_average(state: TrainingState) -> None:
-    """Let the moving average, if there is one, be the adapter."""
-    for name, value in (state.ema or {}).items():
-        state.parameters[name].copy_(value)
+#: Seconds within which a signal is the same one once more.
+SAME_SIGNAL = 1.0
 
 
 # ---- one step ------------------------------------------------------------------------------------
@@ -244,7 +124,10 @@ def take_step(
     else:
         norm = torch.nn.utils.get_total_norm(gradients)
     scaled = accelerator.scaler is not None
-    failed = ~loss.isfinite() if scaled else ~(loss.isfinite() & norm.isfinite())
+    fine = norm.isfinite()
+    if scaled and (scale := accelerator.scaler._get_scale_async()) is not None:
+        fine |= scale > 1  # a smaller scale may help
+    failed: Tensor = ~(loss.isfinite() & fine)
     if not scaled and state.optimizer.defaults.get("fused"):
         state.optimizer.found_inf = failed.float()  # type: ignore[attr-defined]
     if scaled or state.optimizer.defaults.get("fused") or not bool(failed):
@@ -311,17 +194,27 @@ def warn_of_silent_layers(modules: Modules) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that is non-empty once SIGINT or SIGTERM came; a second one stops at once."""
+    """A list that is non-empty once a signal asked for an end; a second Ctrl-C stops at once.
+
+    Launchers and shells pass the first one on to a process that has had it from the terminal already. What `nohup`
+    has switched off stays off.
+    """
     seen: list[int] = []
+    first = 0.0
 
     def note(number: int, frame: Any) -> None:
-        if seen:
+        nonlocal first
+        if not seen:
+            first = time.monotonic()
+            log.warning("stopping after this step, with a checkpoint; Ctrl-C once more stops at once, without")
+        elif number == signal.SIGINT and time.monotonic() - first > SAME_SIGNAL:
             raise KeyboardInterrupt
         seen.append(number)
-        log.warning("stopping after this step, with a checkpoint; once more stops at once, without")
 
+    hangup = getattr(signal, "SIGHUP", None)
+    numbers = [n for n in STOP_SIGNALS if n != hangup or signal.getsignal(n) != signal.SIG_IGN]
     try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, note) for number in numbers}
     except ValueError:  # not in the main thread: nothing to catch
         yield seen
         return
@@ -342,7 +235,10 @@ def announce(
 ) -> None:
     """Say once what will happen, to the tracker as well."""
     if options.training.report_to:
-        accelerator.init_trackers("delora_diffusion", config={k: str(v) for k, v in options.flat().items()})
+        try:
+            accelerator.init_trackers("delora_diffusion", config={k: str(v) for k, v in options.flat().items()})
+        except Exception as error:  # each tracker has its own, for a missing login or network
+            raise OptionError(f"report_to {options.training.report_to}: {one_line(error)}; leave it out") from error
     if not accelerator.is_main_process:
         return
     training = options.training

@@ -11,6 +11,7 @@ from typing import Any
 from ..atomic import complete_file
 from ..data.image_files import load_image
 from ..evaluation.scores import METRIC, METRICS
+from ..reports.figure import blank_figure
 from ..run_folder import RunFolder
 from .log import figures_by_step, read_log
 
@@ -39,18 +40,18 @@ def plot_run(folder: Path, *, best: int | None = None, photos: Mapping[str, floa
         The picture; None without matplotlib (the log says how to get it), or without any line in the log.
     """
     run = RunFolder(folder)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.info('no %s: it needs matplotlib: pip install "delora_diffusion[plots]"', run.plot.name)
-        return None
     panels = curves_of(read_log(run.log))
     if not panels:
         return None
     previews = _previews(run.previews)
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
-    figure: Any = Figure(figsize=(4.2 * across, 2.9 * down + (1.9 if previews else 0)), dpi=110, layout="constrained")
+    size = 4.2 * across, 2.9 * down + (1.9 if previews else 0)
+    try:
+        figure = blank_figure(figsize=size, dpi=110, layout="constrained")
+    except ImportError:
+        log.info('no %s: it needs matplotlib: pip install "delora_diffusion[plots]"', run.plot.name)
+        return None
     heights = [2.9 * down, 1.9] if previews else [1]
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights).flatten().tolist()
     if previews:

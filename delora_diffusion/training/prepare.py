@@ -29,7 +29,7 @@ from ..families import Conditioning, check_sizes
 from ..sampling.generate import Prompts
 from ..sampling.offload import components_on
 from .check import Checked
-from .class_images import fill_class_folder
+from .class_images import draw_class_images, missing_class_images
 from .config import Options
 from .loss import Examples
 
@@ -224,24 +224,26 @@ def _draw_classes(pipe: DiffusionPipeline, texts: Texts, options: Options, accel
     data, validation = options.data, options.validation
     folder, main = Path(str(data.class_data_dir)), accelerator.is_main_process
     settings = {
+        "height": data.resolution,
+        "width": data.resolution,
         "guidance_scale": validation.validation_guidance_scale,
         "num_inference_steps": validation.validation_num_inference_steps,
     }
+    missing = missing_class_images(folder, data.num_class_images)
+    accelerator.wait_for_everyone()  # every process has seen the same files
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
     with components_on(pipe, accelerator.device, offload=validation.enable_model_cpu_offload):
-        drawn = fill_class_folder(
+        draw_class_images(
             pipe,
             folder,
             texts.of_class,
-            data.num_class_images,
-            size=data.resolution,
+            mine,
             seed=options.training.seed,
             settings=settings,
             batch_size=data.sample_batch_size,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
             progress=lambda batches: tqdm(batches, desc="class images", disable=not main or not len(batches)),
         )
-    log.info("drew %d class images into %s", drawn, folder)
+    log.info("drew %d class images into %s", len(missing), folder)
     accelerator.wait_for_everyone()
 
 

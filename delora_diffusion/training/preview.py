@@ -14,6 +14,7 @@ from torch import nn
 
 from ..adapters.sources import components
 from ..atomic import complete_file
+from ..console import optional
 from ..data.image_files import load_image
 from ..families import family_of
 from ..run_folder import RunFolder
@@ -62,10 +63,11 @@ class Previews:
         """Draw and measure the preview after `step` steps, on the main process; all wait and learn if it is enough."""
         result = PreviewResult()
         if accelerator.is_main_process and self.shown.texts:
-            with accelerator.autocast():
-                rows, elsewhere = self.write(step), self._elsewhere(step)
-            self.latest = rows, elsewhere
-            result = self.best.measure(step, rows, elsewhere) if self.best else result
+            with optional(f"preview of step {step}"):
+                with accelerator.autocast():
+                    rows, elsewhere = self.write(step), self._elsewhere(step)
+                self.latest = rows, elsewhere
+                result = self.best.measure(step, rows, elsewhere) if self.best else result
         enough = accelerator.reduce(torch.tensor(float(result.enough), device=accelerator.device), "sum")
         return replace(result, enough=bool(enough))
 

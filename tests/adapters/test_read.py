@@ -26,7 +26,7 @@ from delora_diffusion import (
     read_adapter,
     write_adapter,
 )
-from delora_diffusion.adapters import adapter as module
+from delora_diffusion.adapters import safetensors_file as module
 from delora_diffusion.adapters.sources import collect
 from delora_diffusion.run_folder import ADAPTER_NAME
 

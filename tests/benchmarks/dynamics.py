@@ -47,7 +47,8 @@ from delora_diffusion.method.inject import inject_delora
 from delora_diffusion.seeds import derived_seed
 from delora_diffusion.training.config import AdapterConfig, Options, TrainingConfig, ValidationConfig
 from delora_diffusion.training.log import due
-from delora_diffusion.training.loop import new_state, put_average, ramp_weight, set_strength, step_gradients, take_step
+from delora_diffusion.training.loop import ramp_weight, set_strength, step_gradients, take_step
+from delora_diffusion.training.state import new_state, put_average
 
 BATCH, RANK, ONCE = 4, 8, 100  # ONCE: steps of a run of length "1x"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -299,3 +299,12 @@ def test_a_fingerprint_is_the_same_after_loading_again(base: Path) -> None:
     assert fingerprint(first) == fingerprint(second)
     first, second = (CLIPTextModel.from_pretrained(base / "text_encoder") for _ in range(2))
     assert fingerprint(first) == fingerprint(second)
+
+
+def test_a_photo_that_changes_after_it_was_hashed_is_refused_and_not_cached(tmp_path: Path, vae: Any) -> None:
+    paths = tiny.photos(tmp_path / "photos")
+    examples, cache = examples_in(tmp_path / "photos"), Cache(tmp_path / "cache")
+    paths[1].write_bytes(paths[0].read_bytes())
+    with pytest.raises(DataError, match=r"01.png has changed since this run first read it; start the run again"):
+        encoded(cache, vae, examples)
+    assert len(cache.memory) == len(list((tmp_path / "cache").iterdir())) == 1

@@ -245,14 +245,17 @@ def test_names_of_figures_in_a_row_have_no_commas_of_their_own() -> None:
     assert METRIC["dino_holdout"].in_a_row == "DINO held-out" and METRIC["drift"].in_a_row == "drift"
 
 
-def test_a_line_cut_off_by_a_crash_is_left_out_and_damage_before_it_is_not(tmp_path: Path) -> None:
+def test_lines_that_cannot_be_read_are_left_out_and_all_but_a_cut_off_end_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "dino": 0.5}\n{"step": 1')
     assert [line["step"] for line in read_log(path)] == [1, 2]
     assert figures_by_step(read_log(path)) == {2: {"dino": 0.5}}
-    path.write_text('{"step": 1, "lo\n{"step": 2, "dino": 0.5}\n')
-    with pytest.raises(ValueError):
-        read_log(path)
+    assert not caplog.text
+    path.write_bytes(b'{"step": 1, "lo\xff\n{"step": 2, "dino": 0.5}\n[]\n{"loss": 1}\n{"step": 4, "loss": 1.0}\n')
+    assert [line["step"] for line in read_log(path)] == [2, 4]
+    assert [line for line in (1, 3, 4) if f"line {line} cannot be read" in caplog.text] == [1, 3, 4]
 
 
 def test_a_resumed_log_drops_what_comes_after_and_the_preview_that_is_looked_at_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from delora_diffusion.atomic import ASIDE
 from delora_diffusion.base.checks import BaseModelError
 from delora_diffusion.base.config import ModelConfig
 from delora_diffusion.base.load import load_base, outline
@@ -20,8 +22,10 @@ from delora_diffusion.data.config import DataConfig
 from delora_diffusion.data.encode import cache_latents
 from delora_diffusion.data.photos import instance_examples
 from delora_diffusion.families import Conditioning, family_of
+from delora_diffusion.sampling.generate import Prompts
 from delora_diffusion.training import prepare as stages
 from delora_diffusion.training.check import check
+from delora_diffusion.training.class_images import draw_class_images, missing_class_images
 from delora_diffusion.training.config import AdapterConfig, Options, TrainingConfig, ValidationConfig
 
 from ..runs import Run
@@ -141,19 +145,52 @@ def test_a_base_without_its_third_encoder_is_encoded_without_the_denoiser(photos
 
 
 def test_class_images_are_those_that_the_whole_pipeline_draws(photos: Path, tmp_path: Path) -> None:
-    from delora_diffusion.sampling.generate import Prompts
-    from delora_diffusion.training.class_images import fill_class_folder
-
     folders = [tmp_path / "stages", tmp_path / "whole"]
     model = saved("sdxl", tmp_path)
     prior = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 3}
     made, whole = prepared(model, photos, class_data_dir=str(folders[0]), **prior)
-    fill_class_folder(
-        whole, folders[1], Prompts(texts=["a dog"]), 3, size=16, seed=0, settings={"num_inference_steps": 2}
-    )
+    settings = {"height": 16, "width": 16, "num_inference_steps": 2}
+    missing = missing_class_images(folders[1], 3)
+    draw_class_images(whole, folders[1], Prompts(texts=["a dog"]), missing, seed=0, settings=settings, batch_size=4)
     pictures = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in folders]
     assert pictures[0] == pictures[1] and len(pictures[0]) == len(made.classes) == 3
     assert all(example.key(view) in made.latents for example in made.classes for view in example.views)
+
+
+def test_what_a_killed_run_left_among_class_images_is_none(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "class"
+    scrap = folder / ASIDE / "0123456789abcdef"
+    scrap.mkdir(parents=True)
+    for path in (scrap / "class_00001.png", folder / ".class_00001.png"):
+        path.write_bytes((photos / "00.png").read_bytes())
+    scrap.with_suffix(".lock").touch()
+    assert missing_class_images(folder, 2) == [(0, "class_00000.png"), (1, "class_00001.png")]
+    prior = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
+    made, _ = prepared(saved("sd", tmp_path), photos, class_data_dir=str(folder), **prior)
+    assert [example.path.name for example in made.classes] == ["class_00000.png", "class_00001.png"]
+    assert not scrap.exists()
+
+
+def test_a_late_process_draws_its_share_of_class_images(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process has listed the folder before one draws: one that lists later would take others' for its own."""
+    folder, drawn, others = tmp_path / "class", [], iter(range(9))
+
+    def wait() -> None:
+        if next(others) == 0:  # the other process, which was first, draws its half at once
+            for number in (0, 2):
+                (folder / f"class_{number:05d}.png").write_bytes((photos / "00.png").read_bytes())
+
+    folder.mkdir()
+    late = SimpleNamespace(**vars(ACCELERATOR) | {"process_index": 1, "num_processes": 2, "wait_for_everyone": wait})
+    monkeypatch.setattr(stages, "draw_class_images", lambda pipe, where, prompt, missing, **kw: drawn.extend(missing))
+    data = DataConfig(instance_data_dir=str(photos), resolution=16, with_prior_preservation=True, num_class_images=4,
+                      class_data_dir=str(folder), class_prompt="a dog")  # fmt: skip
+    options = SimpleNamespace(data=data, validation=ValidationConfig(), training=TrainingConfig())
+    monkeypatch.setattr(stages, "components_on", lambda *args, **kwargs: contextlib.nullcontext())
+    stages._draw_classes(None, SimpleNamespace(of_class=None), options, late)  # type: ignore[arg-type]
+    assert drawn == [(1, "class_00001.png"), (3, "class_00003.png")]
 
 
 def test_captions_of_class_images_that_are_there_are_encoded(photos: Path, tmp_path: Path) -> None:
