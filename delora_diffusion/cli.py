@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .adapters.read import read_adapter
-from .adapters.safetensors_file import AdapterFileError
 from .atomic import complete_file
-from .base.checks import BaseModelError
 from .console import quiet_libraries
+from .errors import USER_ERRORS, sentence_of
 from .evaluation.benchmark import benchmark
 from .evaluation.config import BenchmarkConfig, EvaluationConfig, MeasuringConfig
 from .evaluation.evaluate import evaluate
@@ -28,7 +27,6 @@ from .export.lora_names import LoraError
 from .export.merged_pipeline import merge_into_base
 from .export.peft_folder import export_peft
 from .export.verify import verify_lora
-from .families import FamilyError
 from .options import OptionError, parse
 from .reports.card import push_to_hub
 from .reports.inspect import as_json, as_table, inspect_adapter
@@ -165,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.warning("stopped; the same command goes on where it stopped")
         return 130
-    except (OptionError, AdapterFileError, BaseModelError, FamilyError, ValueError) as error:
-        log.error("error: %s", error)
+    except USER_ERRORS as error:
+        log.error("error: %s", sentence_of(error))
         return 1
     return 0
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from .errors import USER_ERRORS, sentence_of
+
 log = logging.getLogger(__name__)
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 #: The signals that ask a command to end, as far as this system has them: SIGHUP comes when a terminal is closed.
@@ -55,9 +57,9 @@ def optional(what: str) -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """An error in one line: its own words; of one that does not speak to users, also what it is and where it arose."""
+    if isinstance(error, USER_ERRORS):
+        return sentence_of(error).splitlines()[0]
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -20,8 +20,10 @@ from typing import Any, Literal, NoReturn, Protocol
 
 import yaml
 
+from .errors import DeloraError
 
-class OptionError(ValueError):
+
+class OptionError(DeloraError):
     """An option that cannot be used; the message names it, says what was found and what to do."""
 
 

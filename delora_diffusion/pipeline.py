@@ -25,6 +25,7 @@ from .adapters.assign import assign
 from .adapters.read import read_adapter
 from .adapters.sources import collect, components, live_modules, unwrapped
 from .base.single_file import is_single_file, open_single_file
+from .errors import DeloraError
 from .method import inject, merge
 from .method.block_weights import Weight, component_weight, listed, one_each
 from .method.inject import delora_names
@@ -91,8 +92,8 @@ def load_delora_weights(
                 check_fits(module, config, tensors)
                 inject.inject_delora(module, config, adapter_name)
                 done[component] = load_delora_state_dict(module, tensors, adapter_name, check_base=check_base)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{type(pipe).__name__}.{component}: {error}") from error
+            except DeloraError as error:
+                raise DeloraError(f"{type(pipe).__name__}.{component}: {error}") from error
             module.requires_grad_(False)
     for component, module in _adapted(pipe).items():
         if component not in done:
@@ -114,7 +115,7 @@ def _new_name(pipe: DiffusionPipeline, asked: str | None) -> str:
     """The name that was asked for, if it is not taken; the first free one of "default", "default_1", ... for None."""
     taken = {name for module in components(pipe).values() for name in delora_names(module)}
     if asked in taken:
-        raise ValueError(f"the pipeline has an adapter {asked!r} already; delete_adapters it, or choose another name")
+        raise DeloraError(f"the pipeline has an adapter {asked!r} already; delete_adapters it, or choose another name")
     usual = ("default", *(f"default_{number}" for number in range(1, len(taken) + 2)))
     return asked if asked is not None else next(name for name in usual if name not in taken)
 
@@ -209,7 +210,7 @@ def fuse_delora(
         for component, module in _adapted(pipe).items():
             here = [name for name in names if name in delora_names(module)]
             reports[component] = merge.merge_delora(module, here, scale=scale)
-    except (ValueError, TypeError):
+    except BaseException:
         for linear, layer in layers:
             if layer in fused:
                 weight, layer.merged = fused[layer]
@@ -275,4 +276,4 @@ def _check_known(pipe: DiffusionPipeline, names: Sequence[str]) -> None:
     known = {name for module in components(pipe).values() for name in delora_names(module)}
     for name in names:
         if name not in known:
-            raise ValueError(f"no adapter is called {name!r}; loaded are: {', '.join(sorted(known)) or '(none)'}")
+            raise DeloraError(f"no adapter is called {name!r}; loaded are: {', '.join(sorted(known)) or '(none)'}")

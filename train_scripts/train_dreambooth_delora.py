@@ -22,25 +22,19 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from delora_diffusion.base.checks import BaseModelError
 from delora_diffusion.base.denoiser import Denoiser
-from delora_diffusion.base.objective import ObjectiveError
-from delora_diffusion.console import lasting_output, one_line, optional, quiet_libraries
-from delora_diffusion.data.image_files import DataError
-from delora_diffusion.evaluation.encoders import EncoderError
+from delora_diffusion.console import lasting_output, optional, quiet_libraries
+from delora_diffusion.errors import USER_ERRORS, sentence_of
 from delora_diffusion.evaluation.scorer import Scorer
-from delora_diffusion.families import FamilyError
-from delora_diffusion.method.config import DeloraConfigError
 from delora_diffusion.method.inject import delora_disabled
 from delora_diffusion.options import OptionError, parse
 from delora_diffusion.pipeline import save_delora_weights
-from delora_diffusion.reports.card import HubError, push_to_hub
+from delora_diffusion.reports.card import push_to_hub
 from delora_diffusion.run_folder import RunFolder
 from delora_diffusion.training import loop, memory
 from delora_diffusion.training.adapt import adapt
 from delora_diffusion.training.best import Best, preview_protocol, preview_scorer
 from delora_diffusion.training.check import Checked, check
-from delora_diffusion.training.checkpoint import CheckpointError
 from delora_diffusion.training.config import GROUPS, Options
 from delora_diffusion.training.diffusers_flags import DiffusersFlags
 from delora_diffusion.training.log import LOG_STEPS, TrainingLog, due
@@ -51,7 +45,6 @@ from delora_diffusion.training.results import save_result, write_results, write_
 from delora_diffusion.training.state import (
     Interrupted,
     Modules,
-    TrainingError,
     check_finite,
     new_state,
     put_average,
@@ -60,8 +53,6 @@ from delora_diffusion.training.state import (
     save_before_the_end,
 )
 
-KNOWN_ERRORS = (OptionError, DataError, BaseModelError, EncoderError, DeloraConfigError, ObjectiveError, FamilyError,
-                CheckpointError, TrainingError, HubError, ImportError)  # fmt: skip
 log = logging.getLogger("delora_diffusion.train_dreambooth")
 
 
@@ -240,11 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             log.warning("stopped; checkpoints, if there are any, are as they were: --resume_from_checkpoint latest")
             return 130
-        except KNOWN_ERRORS as error:
-            log.error("error: %s", error)
-            return 1
-        except OSError as error:
-            log.error("error: %s", one_line(error))
+        except USER_ERRORS as error:
+            log.error("error: %s", sentence_of(error))
             return 1
         return 0
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..atomic import complete_file
 from ..method.config import DeloraConfig
-from ..method.delora import INIT_TENSOR_NAMES, TENSOR_NAMES
+from ..method.delora import INIT_TENSOR_NAMES, TENSOR_NAMES, factors_of
+from ..method.lowrank import LowRank
 from ..options import OptionError
 from ..run_folder import ADAPTER_NAME
 from .safetensors_file import AdapterFileError as AdapterFileError
@@ -108,6 +109,8 @@ def check_layers(tensors: Mapping[str, Tensor], *, where: str, config: DeloraCon
                 f"{where}{layer} lacks {', '.join(missing)}; the adapter is incomplete, copy or train it again"
             )
         (r, inputs), (outputs, _) = ((*shapes[leaf], 0, 0)[:2] for leaf in ("delora_A", "delora_B"))
+        if not r * inputs * outputs:
+            raise AdapterFileError(f"{where}{layer} has no size; the adapter is damaged, copy or train it again")
         whole = {"A": (r, inputs), "B": (outputs, r), "lambda": (1,), "w_norm": (inputs,)}
         for leaf in needed:
             if shapes[leaf] != whole[leaf.removeprefix("delora_").removesuffix("_init")]:
@@ -168,6 +171,18 @@ def adapted(tensors: Iterable[str]) -> list[str]:
 def in_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters that were trained in full: biases, and those of `modules_to_save`."""
     return {name: tensor for name, tensor in tensors.items() if not name.rpartition(".")[2].startswith("delora_")}
+
+
+def update_of(layer: str, tensors: Mapping[str, Tensor], weight: float = 1.0) -> LowRank:
+    """The update of a layer as thin factors, fp32, from its tensors by their own names.
+
+    Raises:
+        AdapterFileError: values so large that it is not finite; `layer` is named.
+    """
+    update = factors_of({leaf: tensor.detach().float().cpu() for leaf, tensor in tensors.items()}, weight)
+    if not (update.down.isfinite().all() and update.up.isfinite().all() and update.norm().isfinite()):
+        raise AdapterFileError(f"the update of {layer} is not finite; the adapter is of no use, train it again")
+    return update
 
 
 def layer_tensors(layer: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

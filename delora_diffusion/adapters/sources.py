@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..errors import DeloraError
 from ..families import family_of
 from ..method.inject import delora_config, delora_names
 from ..method.state import delora_state_dict
@@ -53,7 +54,7 @@ def collect(
     """
     having = {component: module for component, module in modules.items() if adapter_name in delora_names(module)}
     if not having:
-        raise ValueError(f"none of {', '.join(modules)} has an adapter called {adapter_name!r}")
+        raise DeloraError(f"none of {', '.join(modules)} has an adapter called {adapter_name!r}")
     tensors = {c: delora_state_dict(m, adapter_name, at_current_weight=at_current_weight) for c, m in having.items()}
     return Adapter(tensors, {c: delora_config(m, adapter_name) for c, m in having.items()}, dict(provenance or {}))
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import DeloraError
 from ..families import family_named
 
 #: Listed by pipelines, and used neither in training nor in drawing.
@@ -65,7 +66,7 @@ _LAYOUT = "model_index.json, unet/ (or transformer/), vae/, text_encoder/, token
 _LOGIN = "log in with `hf auth login`"
 
 
-class BaseModelError(ValueError):
+class BaseModelError(DeloraError):
     """A base model that cannot be loaded; the message says what was asked, what was found and what to do."""
 
 
@@ -76,7 +77,7 @@ def as_base_error(path: str, revision: str | None = None) -> Iterator[None]:
         yield
     except BaseModelError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BaseModelError(_message(path, revision, error)) from error
 
 

@@ -60,7 +60,7 @@ def _other_vae(path: str, own: Any) -> Any:
 
     try:
         vae = AutoModel.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BaseModelError(
             f"cannot load pretrained_vae_model_name_or_path {path}: {str(error).splitlines()[0]} Give the folder or "
             f"Hub id of a VAE itself (config.json and its weights)"

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import DeloraError
+
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal", "mode")
 
 
-class ObjectiveError(ValueError):
+class ObjectiveError(DeloraError):
     """A scheduler that cannot be trained with, or not in the way asked for; the message says what can."""
 
 

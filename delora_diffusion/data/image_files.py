@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..errors import DeloraError
+
 #: Formats of photos that Pillow reads by itself, where it was built with them; HEIF comes from pillow-heif.
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 #: What reads a format that is not read here and now.
@@ -28,7 +30,7 @@ _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339  # TIFF's tags
 _WHITE_IS_ZERO, _SIGNED = 0, 2  # and values of the first and the last
 
 
-class DataError(ValueError):
+class DataError(DeloraError):
     """A folder, photo or caption that cannot be used; the message names it, says what was found and what to do."""
 
 

@@ -23,6 +23,7 @@ import yaml
 
 from ..atomic import complete_file
 from ..data.prompts import DREAMBENCH_PROMPTS, read_prompts
+from ..errors import DeloraError
 from ..options import OptionError
 from ..reports.table import Row, markdown, mean_row, protocol_lines, read_report, write_report
 from ..run_folder import RunFolder
@@ -42,7 +43,7 @@ _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK
 PHOTOS = ("training photos", "held-out photos")
 
 
-class BenchmarkError(ValueError):
+class BenchmarkError(DeloraError):
     """A benchmark that cannot go on; the message says what was asked, what was found and what to do."""
 
 

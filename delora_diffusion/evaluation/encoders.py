@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import DeloraError
+
 #: model_type in config.json -> kind and class in transformers.
 KNOWN = {
     "vit": ("dino", "ViTModel"),
@@ -37,7 +39,7 @@ _OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577
 BATCH = 32
 
 
-class EncoderError(ValueError):
+class EncoderError(DeloraError):
     """An encoder that cannot be used; the message says what was asked, what was found and what to do."""
 
 

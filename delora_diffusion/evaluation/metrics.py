@@ -11,8 +11,10 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import DeloraError
 
-class MetricError(ValueError):
+
+class MetricError(DeloraError):
     """Embeddings that a measure is not defined for; the message says what was asked, what was found, what to do."""
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, check_layers
+from ..adapters.adapter import Adapter, check_layers, update_of
 from ..adapters.safetensors_file import AdapterFileError
 from ..adapters.sources import as_adapter
+from ..errors import DeloraError
 from ..families import Architecture
-from ..method.block_weights import weights_of
-from ..method.delora import factors_of
+from ..method.block_weights import number, weights_of
 from ..method.lowrank import LowRank, added
 from ..method.state import BASE_TOLERANCE
 from .lora_names import ARCHITECTURES, LoraError, architecture_of, unreadable
@@ -57,8 +57,8 @@ def summed(
         LoraError: a wrong number of weights, adapters of different bases, or something that thin factors cannot hold.
     """
     try:
-        values = [float(weight) for weight in weights_of(len(adapters), weights)]  # type: ignore[arg-type]
-    except ValueError as error:
+        values = [number(weight, "adapter") for weight in weights_of(len(adapters), weights)]
+    except DeloraError as error:
         raise LoraError(str(error)) from error
     if not all(math.isfinite(value) for value in values):
         raise LoraError(f"weights are {values}; they must be finite")
@@ -76,7 +76,7 @@ def summed(
                     _check_same_base(f"{component}.{layer}", named["delora_w_norm"], norms)
                     residual |= "delora_A_init" in named
                     members = parts.setdefault(component, {}).setdefault(layer, [])
-                    members.append(factors_of(named, value))
+                    members.append(update_of(f"{component}.{layer}", named, value))
     if left_out and not allow_partial:
         raise LoraError(
             f"a LoRA cannot hold {len(left_out)} parts of this adapter ({', '.join(left_out[:3])}): parameters "

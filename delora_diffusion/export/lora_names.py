@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from ..errors import DeloraError
 from ..families import FAMILIES, Architecture, family_named, pipeline_names
 
 FORMATS = ("diffusers", "kohya", "comfyui")
@@ -21,7 +22,7 @@ _ORIGINAL = {"add_embedding.linear_1": "label_emb_0_0", "add_embedding.linear_2"
 ARCHITECTURES = {a.name: a for family in FAMILIES for a in family.architectures}
 
 
-class LoraError(ValueError):
+class LoraError(DeloraError):
     """An adapter that cannot be written as the LoRA asked for; the message says why and what to do."""
 
 

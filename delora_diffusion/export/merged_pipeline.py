@@ -27,6 +27,7 @@ from ..atomic import complete_folder
 from ..base.checks import as_base_error
 from ..base.load import DTYPE
 from ..base.single_file import is_single_file, open_single_file, single_file_dtype
+from ..errors import DeloraError
 from ..method.inject import delora_names
 from ..method.merge import MergeReport, merge_delora
 from ..options import OptionError
@@ -41,7 +42,7 @@ RECORD_NAME = "delora_merge.json"
 _TORCH_DTYPE = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class QuantizedBaseError(ValueError):
+class QuantizedBaseError(DeloraError):
     """Adapters cannot be merged into quantised weights; the message says which, and the way out."""
 
 

@@ -116,7 +116,13 @@ def _compared(inside: _Named, wanted: _Named, loaders: dict[str, int]) -> Verify
         if name not in inside:
             missing.append(layer)
             continue
-        whole, off = float(factors.norm()), distance(inside[name][1], factors)
+        there = inside[name][1]
+        if there.down.shape[1] != factors.down.shape[1] or there.up.shape[0] != factors.up.shape[0]:
+            raise LoraError(
+                f"{layer} is {there.up.shape[0]} x {there.down.shape[1]} in the file, and {factors.up.shape[0]} x "
+                f"{factors.down.shape[1]} in the adapter; the file is for another base"
+            )
+        whole, off = float(factors.norm()), distance(there, factors)
         error = off / whole if whole else (0.0 if off == 0 else float("inf"))
         if error > largest:
             largest, worst = error, layer
@@ -143,9 +149,17 @@ def _updates_in(tensors: Mapping[str, Tensor], style: str) -> dict[str, LowRank]
             continue
         if layer + up_end not in tensors:
             raise LoraError(f"{layer + up_end} is missing beside {name}; the file is incomplete, export it again")
-        alpha = tensors.get(f"{layer}.alpha")
+        up, alpha = tensors[layer + up_end], tensors.get(f"{layer}.alpha")
+        sizes = min(down.dim(), up.dim()) >= 2 and down.shape[0] == up.shape[1] and 0 not in (*down.shape, *up.shape)
+        if not sizes or not (down.is_floating_point() and up.is_floating_point()):
+            raise LoraError(
+                f"{name} {tuple(down.shape)} and {layer + up_end} {tuple(up.shape)} are no halves of one update; the "
+                f"file is damaged, export it again"
+            )
+        if alpha is not None and alpha.numel() != 1:
+            raise LoraError(f"{layer}.alpha holds {alpha.numel()} numbers; the file is damaged, export it again")
         scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
-        found[layer] = LowRank(down.float(), tensors[layer + up_end].float() * scale)
+        found[layer] = LowRank(down.float().flatten(1), up.float().flatten(1) * scale)  # convolutions have four
     return found
 
 
@@ -173,8 +187,11 @@ def _found_by_diffusers(tensors: Mapping[str, Tensor], updates: Updates) -> int:
         convert_unet_state_dict_to_peft,
     )
 
-    state, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(tensors))
     count = 0
+    try:
+        state, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(tensors))
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError):  # names that its conversion does not know
+        return 0
     for component, layers in updates.items():
         part = {k.removeprefix(f"{component}."): t for k, t in state.items() if k.startswith(f"{component}.")}
         try:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..errors import DeloraError
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -21,7 +23,7 @@ Conditioning = dict[str, Tensor | list[Tensor]]
 _LIST = "[]"  # marks the tensors of a list where only tensors can be kept
 
 
-class FamilyError(ValueError):
+class FamilyError(DeloraError):
     """A pipeline that cannot be used; the message says which can."""
 
 

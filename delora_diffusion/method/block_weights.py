@@ -16,13 +16,35 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import DeloraError
+
 #: A strength, or strengths by component, block or path.
 Weight = float | Mapping[str, Any]
 
 
 def listed(names: str | Sequence[str]) -> list[str]:
-    """One name, or several, as a list."""
-    return [names] if isinstance(names, str) else list(names)
+    """One name, or several, as a list.
+
+    Raises:
+        DeloraError: something that is no name.
+    """
+    several = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    for name in several:
+        if not isinstance(name, str):
+            raise DeloraError(f"{name!r} cannot be the name of an adapter; names are texts, such as 'dog'")
+    return several
+
+
+def number(value: Any, name: str) -> float:
+    """A strength as a plain number; numpy's and torch's single numbers are taken.
+
+    Raises:
+        DeloraError: anything else; `name` says whose it is.
+    """
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(plain, bool) or not isinstance(plain, (int, float)):
+        raise DeloraError(f"the weight of {name!r} is {value!r}; it must be one number")
+    return float(plain)
 
 
 def weights_of(count: int, weights: Weight | Sequence[Weight]) -> list[Weight]:
@@ -31,9 +53,10 @@ def weights_of(count: int, weights: Weight | Sequence[Weight]) -> list[Weight]:
     Raises:
         ValueError: another number of weights.
     """
-    values = [weights] * count if isinstance(weights, (int, float, Mapping)) else list(weights)
+    alone = isinstance(weights, Mapping) or not isinstance(weights, Iterable) or getattr(weights, "ndim", None) == 0
+    values: list[Any] = [weights] * count if alone else list(weights)  # type: ignore[arg-type]
     if len(values) != count:
-        raise ValueError(f"{count} adapters but {len(values)} weights; give one weight, or one for each adapter")
+        raise DeloraError(f"{count} adapters but {len(values)} weights; give one weight, or one for each adapter")
     return values
 
 
@@ -46,7 +69,7 @@ def one_each(names: Sequence[str], weights: Weight | Sequence[Weight]) -> dict[s
     values = weights_of(len(names), weights)
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"adapter {name!r} is named twice; give it one weight")
+            raise DeloraError(f"adapter {name!r} is named twice; give it one weight")
     return dict(zip(names, values, strict=True))
 
 
@@ -60,7 +83,7 @@ def component_weight(weight: Weight, component: str, known: Iterable[str]) -> We
         return weight
     for name in weight:
         if name not in known:
-            raise ValueError(f"there is no component {name!r} to weigh; there are {', '.join(known)}")
+            raise DeloraError(f"there is no component {name!r} to weigh; there are {', '.join(known)}")
     part = weight.get(component, 1.0)
     return 1.0 if part is None else part
 
@@ -73,7 +96,7 @@ def layer_weights(weight: Weight, module: nn.Module, layers: Iterable[str]) -> d
     """
     layers = list(layers)
     if not isinstance(weight, Mapping):
-        return dict.fromkeys(layers, float(weight))
+        return dict.fromkeys(layers, number(weight, "adapter"))
     paths = _paths(weight, module)
     found = {}
     for layer in layers:
@@ -89,8 +112,8 @@ def _paths(weight: Mapping[str, Any], module: nn.Module) -> dict[str, float]:
         if key == "mid" and hasattr(module, "mid_block"):
             paths["mid_block"] = _single(value, "mid")
         elif key in ("down", "up") and hasattr(module, f"{key}_blocks"):
-            if isinstance(value, (int, float)):
-                paths[f"{key}_blocks"] = float(value)
+            if not isinstance(value, (Mapping, Sequence)):
+                paths[f"{key}_blocks"] = number(value, key)
                 continue
             blocks = enumerate(getattr(module, f"{key}_blocks"))
             attending = [f"block_{number}" for number, block in blocks if hasattr(block, "attentions")]
@@ -106,20 +129,18 @@ def _paths(weight: Mapping[str, Any], module: nn.Module) -> dict[str, float]:
 def _of_block(path: str, value: Any, block: nn.Module) -> dict[str, float]:
     """One strength for a block, or one for each of its attentions and the resnet beside it."""
     if not isinstance(value, Sequence):
-        return {path: float(value)}
+        return {path: number(value, path)}
     count = len(getattr(block, "attentions", ()))
-    values = [float(v) for v in value] * (count if len(value) == 1 else 1)
+    values = [number(one, path) for one in value] * (count if len(value) == 1 else 1)
     if len(values) != count:
-        raise ValueError(f"{path} has {count} attentions, but {len(values)} weights are given; give 1 or {count}")
+        raise DeloraError(f"{path} has {count} attentions, but {len(values)} weights are given; give 1 or {count}")
     return {f"{path}.{kind}.{n}": v for n, v in enumerate(values) for kind in ("attentions", "resnets")}
 
 
 def _single(value: Any, name: str) -> float:
     if isinstance(value, Sequence) and len(value) == 1:
         value = value[0]
-    if not isinstance(value, (int, float)):
-        raise ValueError(f"the weight of {name!r} is {value!r}; it must be one number")
-    return float(value)
+    return number(value, name)
 
 
 def _submodule(module: nn.Module, path: str, asked: str) -> nn.Module:
@@ -127,6 +148,6 @@ def _submodule(module: nn.Module, path: str, asked: str) -> nn.Module:
         return module.get_submodule(path)
     except AttributeError as error:
         names = ", ".join(name for name, _ in module.named_children())
-        raise ValueError(
+        raise DeloraError(
             f"there is no block {asked!r} in {type(module).__name__} to weigh; its parts are {names}"
         ) from error

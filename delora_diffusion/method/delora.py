@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import WeightKindError
 from .forward_pass import ForwardPass
 from .lowrank import LowRank, added
 from .offloaded import stored, written
@@ -330,7 +331,7 @@ def base_weight(linear: nn.Linear) -> Tensor:
     elif type(weight.data) is not Tensor and hasattr(weight, "dequantize"):  # torchao and other tensor subclasses
         weight = weight.dequantize()
     if not weight.is_floating_point():
-        raise TypeError(
+        raise WeightKindError(
             f"cannot read the weight of a {type(linear).__name__} ({weight.dtype}); "
             f"plain, torchao and bitsandbytes 4-bit Linear layers can be adapted"
         )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import DeloraError
 from .block_weights import Weight, layer_weights, listed, one_each
 from .config import DeloraConfig
 from .delora import DeloraAdapter, DeloraLayer, add_update, base_weight
@@ -63,10 +64,10 @@ def inject_delora(
         TypeError: `config` names a layer that is not Linear.
     """
     record = getattr(module, "_delora", None) or Record()
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
-        raise ValueError(f"{adapter_name!r} cannot name an adapter; use letters, digits, - and _")
+    if not all(listed(adapter_name)) or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        raise DeloraError(f"{adapter_name!r} cannot name an adapter; use letters, digits, - and _")
     if adapter_name in record.configs:
-        raise ValueError(
+        raise DeloraError(
             f"{type(module).__name__} has an adapter {adapter_name!r} already; remove it or choose another name"
         )
     targets = target_linears(module, config)  # everything that can fail comes before the module is touched
@@ -75,7 +76,7 @@ def inject_delora(
     adapted = [name for name in delora_layers(module) if f"{name}.weight" in full]
     saved = {name for values in record.trained_in_full.values() for name in values}
     if clash := adapted + [name for name in targets if f"{name}.weight" in saved]:
-        raise ValueError(
+        raise DeloraError(
             f"{clash[0]!r} cannot be adapted by one adapter and trained in full by another; leave it out of one"
         )
     if not record.configs:
@@ -115,7 +116,7 @@ def _trained_in_full(
     names = names_in_full(module, config, targets)
     base = {name: base_values.get(name, module.get_parameter(name)) for name in names}
     if away := [name for name, value in base.items() if value.is_meta]:
-        raise ValueError(
+        raise DeloraError(
             f"{away[0]} is offloaded, and this adapter has its own value for it; load the adapter before offloading"
         )
     return {name: nn.Parameter(value.detach().clone()) for name, value in base.items()}
@@ -132,7 +133,7 @@ def names_in_full(module: nn.Module, config: DeloraConfig, targets: dict[str, nn
             names.append(name)
     for pattern in config.modules_to_save or ():
         if not any(within(pattern, name.rpartition(".")[0]) for name in names):
-            raise ValueError(
+            raise DeloraError(
                 f"modules_to_save {pattern!r} matches no module with parameters in {type(module).__name__}"
             )
     return names
@@ -268,10 +269,10 @@ def planned_weights(
         chosen[name] = layer_weights(value, module, [path for path, layer in layers.items() if name in layer.adapters])
         for path, strength in chosen[name].items():
             if not math.isfinite(strength):
-                raise ValueError(f"weight of {name!r} is {strength}; it must be finite")
+                raise DeloraError(f"weight of {name!r} is {strength}; it must be finite")
             merged = layers[path].merged.get(name, strength)
             if merged != strength:
-                raise ValueError(f"adapter {name!r} is merged at weight {merged:g}; unmerge_delora first")
+                raise DeloraError(f"adapter {name!r} is merged at weight {merged:g}; unmerge_delora first")
     return chosen
 
 
@@ -320,7 +321,7 @@ def _swap_in(module: nn.Module, record: Record, names: Sequence[str]) -> None:
     for adapter in names:
         for name, parameter in record.trained_in_full[adapter].items():
             if name in wanted:
-                raise ValueError(f"two of the adapters {list(names)} trained {name!r} in full; activate one of them")
+                raise DeloraError(f"two of the adapters {list(names)} trained {name!r} in full; activate one of them")
             wanted[name] = parameter
     changed = bool(record.base_values)
     for name, parameter in record.base_values.items():
@@ -337,7 +338,7 @@ def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> Non
     owner, _, leaf = name.rpartition(".")
     there = module.get_parameter(name)
     if there.is_meta:
-        raise ValueError(f"{name} is offloaded, and an adapter has its own value for it; choose before offloading")
+        raise DeloraError(f"{name} is offloaded, and an adapter has its own value for it; choose before offloading")
     parameter.data = parameter.data.to(there.device, there.dtype)
     setattr(module.get_submodule(owner), leaf, parameter)
 
@@ -376,13 +377,13 @@ def delora_names(module: nn.Module) -> list[str]:
 def record_of(module: nn.Module) -> Record:
     record: Record | None = getattr(module, "_delora", None)
     if record is None:
-        raise ValueError(f"this {type(module).__name__} has no adapter; inject_delora or load one first")
+        raise DeloraError(f"this {type(module).__name__} has no adapter; inject_delora or load one first")
     return record
 
 
 def known_adapter(record: Record, name: str) -> str:
     if name not in record.configs:
-        raise ValueError(f"no adapter is called {name!r}; there are: {', '.join(record.configs)}")
+        raise DeloraError(f"no adapter is called {name!r}; there are: {', '.join(record.configs)}")
     return name
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .block_weights import listed
+from ..errors import DeloraError, WeightKindError
+from .block_weights import listed, number
 from .delora import DeloraLayer, base_weight
 from .inject import (
     Record,
@@ -60,10 +61,10 @@ def merge_delora(
         TypeError: a quantised layer.
     """
     if dtype is not None and not permanently:
-        raise ValueError("dtype is for merging permanently; without it the base could not be restored")
+        raise DeloraError("dtype is for merging permanently; without it the base could not be restored")
     record = record_of(module)
     names = active_delora_adapters(module) if adapter_names is None else listed(adapter_names)
-    plan = _plan(module, record, names, scale=scale, permanently=permanently)
+    plan = _plan(module, record, names, scale=number(scale, "scale"), permanently=permanently)
     updates = [_update(layer, merged) for _, _, layer, merged in plan]
     if permanently:
         _check_fits(plan, updates, names, dtype)
@@ -82,7 +83,7 @@ def merge_delora(
     wrong = [path for (path, *_), fit in zip(plan, fits, strict=True) if not fit]
     if wrong and not permanently:
         _undo(plan, before)
-        raise ValueError(f"merging {names} gives values that are not finite in {wrong[0]}; no layer was changed")
+        raise DeloraError(f"merging {names} gives values that are not finite in {wrong[0]}; no layer was changed")
     if permanently:
         _forget_base(module, record)
     else:
@@ -97,15 +98,17 @@ def _plan(module: nn.Module, record: Record, names: Sequence[str], *, scale: flo
     for name in names:
         known_adapter(record, name)
         if record.trained_in_full[name] and name not in acting and not permanently:
-            raise ValueError(f"adapter {name!r} trained parameters in full; make it active before merging it")
+            raise DeloraError(f"adapter {name!r} trained parameters in full; make it active before merging it")
     plan: Plan = []
     for path, linear in delora_layers(module).items():
         layer = layer_of(linear)
         new = {n: scale * float(layer[n].delora_weight) for n in names if n in layer.adapters}
         if already := [n for n in new if n in layer.merged]:
-            raise ValueError(f"adapter {already[0]!r} is merged already; unmerge_delora first")
+            raise DeloraError(f"adapter {already[0]!r} is merged already; unmerge_delora first")
         if not linear.weight.is_floating_point() or type(linear.weight.data) is not Tensor:
-            raise TypeError(f"{path} is quantised ({linear.weight.dtype}); load the base unquantised to merge into it")
+            raise WeightKindError(
+                f"{path} is quantised ({linear.weight.dtype}); load the base unquantised to merge into it"
+            )
         if new:
             plan.append((path, linear, layer, {**layer.merged, **new}))
     return plan
@@ -148,12 +151,12 @@ def _check_fits(plan: Plan, updates: Sequence[LowRank], names: Sequence[str], dt
     for (path, linear, _, _), update in zip(plan, updates, strict=True):
         cast = dtype or linear.weight.dtype
         if linear.weight.is_meta and cast != linear.weight.dtype:
-            raise ValueError(f"{path} is offloaded and cannot become {cast} there; merge before offloading")
+            raise DeloraError(f"{path} is offloaded and cannot become {cast} there; merge before offloading")
         low, high = torch.aminmax(stored(linear, "weight"))
         if bool(high.float() - low.float() + update.norm() < torch.finfo(cast).max):
             continue
         if not _sum(base_weight(linear), update).to(cast).isfinite().all():
-            raise ValueError(f"merging {names} gives values that are not finite in {path}; no layer was changed")
+            raise DeloraError(f"merging {names} gives values that are not finite in {path}; no layer was changed")
 
 
 def _undo(plan: Plan, before: Sequence[tuple[DeloraLayer, Tensor | None, dict[str, float]]]) -> None:

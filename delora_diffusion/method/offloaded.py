@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import DeloraError
+
 
 def stored(module: nn.Module, name: str) -> Tensor:
     """A parameter or buffer of `module` with its values, wherever they are kept; of an outline, as it is."""
@@ -28,7 +30,7 @@ def written(linear: nn.Linear) -> Tensor:
     """
     weight = stored(linear, "weight")
     if weight is not linear.weight and stored(linear, "weight").data_ptr() != weight.data_ptr():
-        raise ValueError("the weights are offloaded to disk, where nothing can be merged into them; merge before that")
+        raise DeloraError("the weights are offloaded to disk, where nothing can be merged into them; merge first")
     return weight
 
 

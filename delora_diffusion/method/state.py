@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import DeloraError
 from .config import DeloraConfig
 from .delora import INIT_TENSOR_NAMES, NORM_FLOOR, TENSOR_NAMES, base_weight
 from .inject import delora_adapters, delora_layers, names_in_full, record_of
@@ -110,7 +111,7 @@ def _compare(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], tensors: 
         _listed("not finite", [name for name, tensor in tensors.items() if not tensor.isfinite().all()]),
     ]
     if any(problems):
-        raise ValueError(f"adapter does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}")
+        raise DeloraError(f"adapter does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}")
 
 
 def _check_base(module: nn.Module, present: dict[str, Tensor], tensors: dict[str, Tensor]) -> float | None:
@@ -123,7 +124,7 @@ def _check_base(module: nn.Module, present: dict[str, Tensor], tensors: dict[str
         off = float(torch.linalg.vector_norm(there - here) / torch.linalg.vector_norm(here).clamp(min=NORM_FLOOR))
         largest = max(off, largest or 0.0)
         if off > BASE_TOLERANCE:
-            raise ValueError(
+            raise DeloraError(
                 f"adapter was trained on another base than this {type(module).__name__}: the column norms of "
                 f"{name.removesuffix('.delora_w_norm')} differ by {off:.1%}; load the base it was trained on, or pass "
                 f"check_base=False to apply it all the same"

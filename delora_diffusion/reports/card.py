@@ -13,6 +13,7 @@ import yaml
 from ..adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from ..adapters.read import read_adapter
 from ..atomic import complete_file
+from ..errors import DeloraError
 from ..run_folder import ADAPTER_NAME, CARD_NAME, LORA_NAME, SHEET_NAME
 from .inspect import inspect_adapter, relative_update
 
@@ -40,7 +41,7 @@ image = pipe("{{prompt}}").images[0]
 ```"""
 
 
-class HubError(ValueError):
+class HubError(DeloraError):
     """An upload that failed; the message says to what, why, and what to do."""
 
 

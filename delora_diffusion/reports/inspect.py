@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapters.adapter import Adapter, adapted, in_full, layer_tensors
-from ..method.delora import factors_of
+from ..adapters.adapter import Adapter, adapted, in_full, layer_tensors, update_of
 from ..method.lowrank import effective_rank
 
 #: What a projection is, by the last part of a layer's name; other names stand for themselves.
@@ -82,7 +81,7 @@ def inspect_adapter(adapter: Adapter, source: str) -> Inspection:
         config = adapter.configs[component]
         for name in sorted(adapted(tensors), key=_natural):
             layer_values = layer_tensors(name, tensors)
-            factors = factors_of({leaf: tensor.float() for leaf, tensor in layer_values.items()})
+            factors = update_of(f"{component}.{name}", layer_values)
             values = factors.singular_values()
             lam, lam_0 = float(layer_values["delora_lambda"]), layer_values.get("delora_lambda_init")
             w = layer_values["delora_w_norm"].float()
@@ -124,7 +123,7 @@ def kind_of(layer: str) -> str:
     if layer.endswith("to_out.0"):
         return "out"
     *before, leaf = layer.split(".")
-    return ".".join([*before[-1:], leaf]) if leaf.isdigit() else _KIND.get(leaf, leaf)
+    return ".".join([*before[-1:], leaf]) if leaf.isdecimal() else _KIND.get(leaf, leaf)
 
 
 def block_of(layer: str) -> str:
@@ -147,7 +146,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     parts = name.split(".")
     order = {"q": "0", "k": "1", "v": "2", "out": "3"}.get(kind_of(name))
     parts = parts if order is None else [*parts[:-2], *parts[-2:-1][: not name.endswith("to_out.0")], order]
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def relative_update(layers: Iterable[LayerFigures]) -> float:

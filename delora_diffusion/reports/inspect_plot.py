@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import complete_file
+from ..errors import DeloraError
 from .figure import blank_figure
 from .inspect import Inspection, LayerFigures, kinds_of, relative_update
 
@@ -18,7 +19,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#
 _CROWDED = 16
 
 
-class PlotError(ValueError):
+class PlotError(DeloraError):
     """A picture that cannot be made; the message says what to install."""
 
 

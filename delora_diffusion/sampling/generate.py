@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ..base.objective import FlowMatching, objective_of
+from ..errors import DeloraError
 from ..families import Conditioning, FamilyError, family_of, placed, stack_conditioning
 from .config import SCHEDULERS
 
@@ -84,7 +85,7 @@ def generate(
         settings: passed to the pipeline's call (height, width).
 
     Raises:
-        FamilyError: a negative prompt for a family that takes none.
+        FamilyError: a negative prompt for a family that takes none, or a size that the pipeline does not draw.
     """
     family = family_of(pipe)
     cond, against = prompts.conditioning(pipe)
@@ -100,7 +101,12 @@ def generate(
     inputs[family.guidance] = inputs.pop("guidance_scale")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with _own_precision(pipe.vae, device):
-        images: list[Image.Image] = pipe(**inputs, generator=generators).images
+        try:
+            images: list[Image.Image] = pipe(**inputs, generator=generators).images
+        except DeloraError:
+            raise
+        except ValueError as error:  # what a pipeline says of its inputs
+            raise FamilyError(f"{type(pipe).__name__} cannot draw so: {error}") from error
     return images
 
 

@@ -22,6 +22,7 @@ from ..adapters.adapter import write_adapter
 from ..adapters.read import read_adapter
 from ..adapters.safetensors_file import AdapterFileError, write_tensors
 from ..atomic import complete_folder, remove
+from ..errors import DeloraError
 from ..options import options_with
 from ..run_folder import RunFolder, step_of
 from .config import GROUPS
@@ -29,7 +30,7 @@ from .config import GROUPS
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(DeloraError):
     """A checkpoint that cannot be used; the message says which, why and what to do."""
 
 

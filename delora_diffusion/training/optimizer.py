@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import MissingExtraError
 from ..method.delora import NORM_FLOOR, DeloraAdapter
 from .config import TrainingConfig
 
@@ -37,7 +38,7 @@ def make_optimizer(modules: Mapping[str, nn.Module], training: TrainingConfig) -
         modules: adapted components by name, the denoiser first.
 
     Raises:
-        ImportError: the optimiser's package is missing; the message names the extra that brings it.
+        MissingExtraError: the optimiser's package is missing; the message names the extra that brings it.
     """
     lambdas: list[nn.Parameter] = []
     groups: list[dict[str, Any]] = []
@@ -62,7 +63,7 @@ def make_optimizer(modules: Mapping[str, nn.Module], training: TrainingConfig) -
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
-            raise ImportError(
+            raise MissingExtraError(
                 'optimizer adamw8bit needs bitsandbytes: pip install "delora_diffusion[adamw8bit]"'
             ) from error
         optimizer: torch.optim.Optimizer = AdamW8bit(groups, betas=betas, eps=training.adam_epsilon, weight_decay=0.0)
@@ -70,7 +71,8 @@ def make_optimizer(modules: Mapping[str, nn.Module], training: TrainingConfig) -
     try:
         from prodigyopt import Prodigy
     except ImportError as error:
-        raise ImportError('optimizer prodigy needs prodigyopt: pip install "delora_diffusion[prodigy]"') from error
+        needed = 'optimizer prodigy needs prodigyopt: pip install "delora_diffusion[prodigy]"'
+        raise MissingExtraError(needed) from error
     optimizer = Prodigy(
         groups, lr=training.learning_rate, betas=betas, eps=training.adam_epsilon, weight_decay=0.0,
         beta3=training.prodigy_beta3, use_bias_correction=training.prodigy_use_bias_correction,

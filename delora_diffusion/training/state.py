@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters.sources import collect
 from ..console import one_line
+from ..errors import DeloraError
 from ..method.state import load_delora_state_dict
 from ..run_folder import RunFolder
 from .checkpoint import (
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 Modules = Mapping[str, nn.Module]
 
 
-class TrainingError(RuntimeError):
+class TrainingError(DeloraError, RuntimeError):
     """Training cannot go on; the message says at which step, on which images, and what to do."""
 
 
