@@ -148,6 +148,7 @@ LUMINA2 = Family(
     architectures=(Architecture(name="lumina2", denoiser="transformer", model_spec="lumina-2"),),
     flow_samplers=("euler", "unipc"),
     patch=2,
+    blocks=r"layers\.\d+",
     trains_text=False,
 )
 
@@ -200,5 +201,6 @@ Z_IMAGE = Family(
         ),
     ),
     patch=2,
+    blocks=r"(noise_refiner|context_refiner|layers)\.\d+",
     trains_text=False,
 )  # fmt: skip

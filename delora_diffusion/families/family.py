@@ -88,6 +88,7 @@ class Family:
         flow_samplers: with flow matching, short names of the samplers that its pipelines can draw with.
         optional: those of the text encoders that the pipeline can do without.
         architectures: what LoRA files know it as; several where they tell its versions apart.
+        blocks: regex of the parts of the denoiser that gradient checkpointing calls, and calls again.
         dead: for a component, regexes of Linear layers without influence on the prediction ({last}: the last block).
     """
 
@@ -108,6 +109,7 @@ class Family:
     trains_text: bool = True
     flow_samplers: tuple[str, ...] = ("euler",)
     optional: tuple[str, ...] = ()
+    blocks: str = r"(single_)?transformer_blocks\.\d+"
     dead: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def components(self) -> tuple[str, ...]:

@@ -61,6 +61,11 @@ def _predict_xl(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning,
     return prediction
 
 
+#: Of the middle block, checkpointing leaves out the first part.
+_BLOCKS = (
+    r"((down_blocks|up_blocks)\.\d+\.resnets\.\d+|mid_block\.resnets\.[1-9]\d*"
+    r"|((down_blocks|up_blocks)\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+)"
+)
 #: Linear layers of these UNets in the tables of ComfyUI and A1111.
 _FOUND = (
     r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\."
@@ -106,6 +111,7 @@ STABLE_DIFFUSION = Family(
         _unet("sd2_v", "stable-diffusion-v2-768-v", "sd_v2_v"),
     ),
     half="fp16",
+    blocks=_BLOCKS,
 )  # fmt: skip
 STABLE_DIFFUSION_XL = Family(
     name="sdxl",
@@ -129,6 +135,7 @@ STABLE_DIFFUSION_XL = Family(
     sampling=lambda pipe: {"guidance_scale": 5.0, "num_inference_steps": 30},
     architectures=(_unet("sdxl", "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),),
     half="fp16",
+    blocks=_BLOCKS,
     # the second encoder gives the pooled embedding; of the first, the layer before the last is read, and no more
     dead={"text_encoder": (r"(?:text_model\.)?encoder\.layers\.{last}\..*",)},
 )  # fmt: skip

@@ -327,7 +327,7 @@ def base_weight(linear: nn.Linear) -> Tensor:
     if getattr(weight, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        weight = dequantize_4bit(weight.data, weight.quant_state)
+        weight = dequantize_4bit(weight.data.to(weight.quant_state.absmax.device), weight.quant_state)
     elif type(weight.data) is not Tensor and hasattr(weight, "dequantize"):  # torchao and other tensor subclasses
         weight = weight.dequantize()
     if not weight.is_floating_point():

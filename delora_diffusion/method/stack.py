@@ -40,7 +40,9 @@ def start_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         for name in names:
             adapter = layer[name]
             if name in record.configs and not waits(adapter):
-                stacks.setdefault((name, *adapter.kind(), compute_dtype(linear)), []).append((layer, name, adapter))
+                stacks.setdefault((name, *adapter.kind(), compute_dtype(linear, adapter)), []).append(
+                    (layer, name, adapter)
+                )
     for key, members in stacks.items():
         down, up = form_factors([adapter for *_, adapter in members], dtype=key[-1], scale=scale, owner=current)
         for place, (layer, name, _) in enumerate(members):
@@ -78,10 +80,9 @@ def has_compiled_parts(module: nn.Module) -> bool:
     return any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in module.modules())
 
 
-def compute_dtype(linear: nn.Linear) -> torch.dtype:
-    """The precision in which a layer will be asked for its update."""
-    weight = linear.weight
-    kind, dtype = weight.device.type, weight.dtype
+def compute_dtype(linear: nn.Linear, adapter: DeloraAdapter) -> torch.dtype:
+    """The precision in which a layer will be asked for its update, where its adapter is: its weight may come later."""
+    kind, dtype = adapter.delora_A.device.type, linear.weight.dtype
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32

@@ -14,11 +14,18 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def components_on(pipe: DiffusionPipeline, device: torch.device, *, offload: bool) -> Iterator[None]:
-    """The whole pipeline on `device`, where it stays; with `offload`, `in_turn`."""
+def components_on(
+    pipe: DiffusionPipeline, device: torch.device, *, offload: bool, staying: Sequence[nn.Module] = ()
+) -> Iterator[None]:
+    """The whole pipeline on `device`, where it stays; with `offload`, `in_turn`.
+
+    Args:
+        staying: components that are on `device` and are not moved.
+    """
     if not offload:
-        pipe.to(device)
-    with in_turn(pipe, device) if offload else contextlib.nullcontext():
+        for part in _others(pipe, staying) if staying else [pipe]:
+            part.to(device)
+    with in_turn(pipe, device, staying=staying) if offload else contextlib.nullcontext():
         yield
 
 
@@ -35,9 +42,7 @@ def in_turn(pipe: DiffusionPipeline, device: torch.device, *, staying: Sequence[
     """
     from accelerate import cpu_offload_with_hook
 
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    waiting = [part for part in parts if all(part is not module for module in staying)]
-    hooks = [cpu_offload_with_hook(module, device)[1] for module in waiting]
+    hooks = [cpu_offload_with_hook(module, device)[1] for module in _others(pipe, staying)]
     for hook in hooks:
         hook.hook.pre_forward = _alone(hook.hook.pre_forward, [other for other in hooks if other is not hook])
 
@@ -57,6 +62,11 @@ def in_turn(pipe: DiffusionPipeline, device: torch.device, *, staying: Sequence[
             hook.remove()
         for handle in handles:
             handle.remove()
+
+
+def _others(pipe: DiffusionPipeline, staying: Sequence[nn.Module]) -> list[Any]:
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    return [part for part in parts if all(part is not module for module in staying)]
 
 
 def _alone(come: Callable[..., Any], others: Sequence[Any]) -> Callable[..., Any]:

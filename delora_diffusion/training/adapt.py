@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..base.speed import compile_blocks, to_channels_last
+from ..base.speed import compile_blocks
 from ..families import Family
 from ..method.config import ALL_LINEAR, PRESETS, DeloraConfig
-from ..method.inject import inject_delora
+from ..method.inject import adapted_layers, inject_delora
 from ..method.targets import excluding
 from ..seeds import derived_seed
 from .config import AdapterConfig, Options
@@ -58,7 +58,7 @@ def adapt(pipe: DiffusionPipeline, family: Family, config: DeloraConfig, options
         The adapted components, in training mode, the denoiser first.
 
     Raises:
-        OptionError: compile or channels_last where they cannot be.
+        OptionError: compile where it cannot be.
     """
     modules = {family.denoiser: getattr(pipe, family.denoiser)}
     inject_delora(modules[family.denoiser], config, generator=_generator(options, 0))
@@ -68,13 +68,13 @@ def adapt(pipe: DiffusionPipeline, family: Family, config: DeloraConfig, options
         text_config = text_encoder_config(options.adapter, family.dead_layers(name, modules[name]))
         inject_delora(modules[name], text_config, generator=_generator(options, number))
     for name, module in modules.items():
+        for _, layer in adapted_layers(module):  # the layer's own weight may wait in the host's memory
+            layer.to(next(module.parameters()).device)
         module.train()
         if options.training.gradient_checkpointing and name == family.denoiser:
             module.enable_gradient_checkpointing()
         elif options.training.gradient_checkpointing:
             module.gradient_checkpointing_enable({"use_reentrant": False})
-    if options.training.channels_last:
-        to_channels_last(modules[family.denoiser])
     if options.training.compile:
         compile_blocks(modules[family.denoiser], next(modules[family.denoiser].parameters()).device)
     return modules

@@ -11,6 +11,7 @@ from ..base.config import ModelConfig
 from ..base.load import listed_in, load_base, outline
 from ..base.objective import Objective, TimestepSampling, objective_of
 from ..base.single_file import is_single_file
+from ..base.swap import swapped_blocks
 from ..data.photos import Example, describe_sizes, instance_examples
 from ..data.prompts import read_prompts
 from ..families import Family, check_trainable
@@ -70,6 +71,7 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
     denoiser = getattr(pipe, family.denoiser)
     config = denoiser_config(options.adapter, family.dead_layers(family.denoiser, denoiser))
     target_linears(denoiser, config)
+    swapped_blocks(denoiser, family, training.blocks_to_swap)
     sampling = TimestepSampling(
         kind=training.timestep_sampling,
         logit_mean=training.logit_mean,

@@ -12,6 +12,7 @@ from typing import Any
 from ..base.config import PRECISIONS, ModelConfig
 from ..base.objective import TIMESTEP_SAMPLINGS
 from ..base.speed import COMPILE
+from ..base.swap import PLACES
 from ..data.config import DataConfig
 from ..data.prompts import UNRELATED_PROMPTS, has_token
 from ..method.config import BIAS_CHOICES, INIT_CHOICES
@@ -69,6 +70,12 @@ class TrainingConfig:
     gradient_checkpointing: bool = option(False, "less memory for a fifth more time", resume="free")
     compile: bool = option(False, COMPILE, resume="free")
     channels_last: bool = option(False, "a UNet's convolutions in the layout that GPUs are fast in", resume="free")
+    blocks_to_swap: int = option(
+        0,
+        "blocks of the denoiser that live in the CPU's memory and come to the GPU for their turn, two at a time; "
+        "needs gradient_checkpointing",
+        resume="free",
+    )
     estimate_memory: bool | None = option(
         None, "say first what every phase will take of the device's memory; unset: where there is a GPU", resume="free"
     )
@@ -129,7 +136,22 @@ class TrainingConfig:
         at_least(
             self, 0, "direction_turn", "learning_rate", "lambda_learning_rate", "max_grad_norm", "lr_warmup_steps"
         )
-        at_least(self, 0, "checkpointing_steps")
+        at_least(self, 0, "checkpointing_steps", "blocks_to_swap")
+        if self.blocks_to_swap and not self.gradient_checkpointing:
+            raise OptionError(
+                "blocks_to_swap is for gradient_checkpointing, which calls a block again when its weights are needed "
+                "again; give both, or neither"
+            )
+        if self.blocks_to_swap and self.compile:
+            raise OptionError(
+                "blocks_to_swap and compile do not go together: compiled blocks keep their weights where they are; "
+                "leave one of them out"
+            )
+        if 0 < self.blocks_to_swap <= PLACES:
+            raise OptionError(
+                f"blocks_to_swap is {self.blocks_to_swap}, which saves nothing: {PLACES} of the blocks have a place "
+                f"on the GPU at any time; give more, or 0"
+            )
         if self.checkpoints_total_limit is not None:
             at_least(self, 1, "checkpoints_total_limit")
         self._check_companions()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..base.latents import denormalise, posterior
 from ..base.load import DTYPE, base_dtype, listed_in, outline
+from ..base.swap import PLACES, swappable, swapped_blocks
 from ..families import Conditioning, Family, Setting, placed, stack_conditioning
 from ..method.config import DeloraConfig
 from ..method.inject import inject_delora
@@ -96,7 +97,7 @@ def estimate(plan: Plan) -> list[Phase]:
     text = {name: outline(plan.options.model, name) for name in texts}
     text_weights = sum(size_of(module, plan.dtype) for module in text.values())
     vae, denoiser = outline(plan.options.model, "vae"), outline(plan.options.model, plan.family.denoiser)
-    vae_weights, weights = size_of(vae, torch.float32), size_of(denoiser, plan.dtype)
+    vae_weights, weights = size_of(vae, torch.float32), size_of(denoiser, plan.dtype) - _waiting(plan, denoiser)
     latents, encoding = _encoding(plan, vae)
     phases = [
         Phase("encoding photos", {"VAE": vae_weights, "work": encoding}),
@@ -113,7 +114,10 @@ def estimate(plan: Plan) -> list[Phase]:
         return {**resident, **moving, "VAE": vae_weights, "work": max(decode, predict)}
 
     if data.with_prior_preservation:
-        phases.append(Phase("class images", drawing(min(data.sample_batch_size, data.num_class_images), {}, weights)))
+        fixed, moving = ({"denoiser": weights}, 0) if training.blocks_to_swap else ({}, weights)
+        phases.append(
+            Phase("class images", drawing(min(data.sample_batch_size, data.num_class_images), fixed, moving))
+        )
     trained, adapters = _adapters(denoiser, plan.adapter)
     if plan.text_adapter is not None:
         for module in text.values():
@@ -138,6 +142,14 @@ def size_of(module: nn.Module, dtype: torch.dtype) -> int:
     kept = {id(t) for t in kept_own}
     rest = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in kept]
     return sum(t.numel() * t.itemsize for t in kept_own) + sum(t.numel() for t in rest) * dtype.itemsize
+
+
+def _waiting(plan: Plan, denoiser: nn.Module) -> int:
+    """Bytes of the denoiser that are not on the device: those of swapped blocks, but for their places there."""
+    blocks = swapped_blocks(denoiser, plan.family, plan.options.training.blocks_to_swap).values()
+    weights = [[owner.get_parameter(key).numel() for owner, key in swappable(block)] for block in blocks]
+    sizes = [sum(block) * plan.dtype.itemsize for block in weights]
+    return sum(sizes) - PLACES * max(sizes, default=0)
 
 
 # ---- what is done, on fake tensors -----------------------------------------------------------------
@@ -249,6 +261,7 @@ def advice(plan: Plan, phase: Phase) -> list[str]:
         "training": [
             *([] if training.gradient_checkpointing else ["gradient_checkpointing"]),
             *half,
+            *([] if training.blocks_to_swap else ["blocks_to_swap"]),
             *(["train_batch_size 1 with gradient_accumulation_steps"] if training.train_batch_size > 1 else []),
             *(["optimizer adamw8bit"] if training.optimizer != "adamw8bit" and plan.adapter.r > 32 else []),
             *smaller,

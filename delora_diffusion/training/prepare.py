@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils.memory import clear_device_cache
+from torch import nn
 from tqdm import tqdm
 
 from ..base.config import ModelConfig
 from ..base.load import load_base
 from ..base.single_file import is_single_file
+from ..base.speed import to_channels_last
+from ..base.swap import swap_blocks, swapped_blocks
 from ..data.buckets import bucket_sizes
 from ..data.captions import read_captions
 from ..data.config import DataConfig
@@ -66,8 +69,8 @@ class Prepared:
     """The base model as training needs it, and everything that was encoded with it.
 
     Attributes:
-        pipe: with the denoiser on the device; text encoders there too if they are trained, else gone; the VAE in the
-            CPU's memory if there are previews, else gone.
+        pipe: with the denoiser on the device, but for blocks that are swapped; text encoders there too if they are
+            trained, else gone; the VAE in the CPU's memory if there are previews, else gone.
         identity: names the base by its content.
         classes: images of the class.
         latents: of every view of photos and class images.
@@ -86,6 +89,7 @@ def prepare(checked: Checked, accelerator: Accelerator) -> Prepared:
 
     Raises:
         BaseModelError, FamilyError, DataError: the base cannot be read, or not with these photos or this resolution.
+        OptionError: channels_last where it cannot be.
     """
     options, family, seed = checked.options, checked.family, checked.options.training.seed
     data, precision = options.data, accelerator.mixed_precision
@@ -108,13 +112,18 @@ def prepare(checked: Checked, accelerator: Accelerator) -> Prepared:
     pipe = _with(pipe, options.model, precision, read=[family.denoiser])
     denoiser = getattr(pipe, family.denoiser)
     identity = fingerprint(fingerprint(denoiser), vae, texts.identity)
+    if options.training.channels_last:
+        to_channels_last(denoiser)
+    if blocks := swapped_blocks(denoiser, family, options.training.blocks_to_swap):
+        swap_blocks(denoiser, list(blocks.values()), accelerator.device)
     if _prior(data):
-        _draw_classes(pipe, texts, options, accelerator)
+        _draw_classes(pipe, texts, options, accelerator, staying=[denoiser] if blocks else [])
     classes = class_examples(data, seed=seed)
     latents |= _encode_photos(cache, pipe.vae, classes, vae, accelerator)
     if not options.validation.validation_prompt:
         pipe.vae = None
-    denoiser.to(accelerator.device)
+    if not blocks:
+        denoiser.to(accelerator.device)
     return Prepared(pipe=pipe, identity=identity, classes=classes, latents=latents, texts=texts)
 
 
@@ -219,8 +228,10 @@ def _encode_prompts(
     return replace(texts, conditioning=found, shown=previews, unrelated=elsewhere, of_class=of_class)
 
 
-def _draw_classes(pipe: DiffusionPipeline, texts: Texts, options: Options, accelerator: Accelerator) -> None:
-    """Draw the class images that are missing, with the base."""
+def _draw_classes(
+    pipe: DiffusionPipeline, texts: Texts, options: Options, accelerator: Accelerator, *, staying: Sequence[nn.Module]
+) -> None:
+    """Draw the class images that are missing, with the base; `staying` is on the device and is not moved."""
     data, validation = options.data, options.validation
     folder, main = Path(str(data.class_data_dir)), accelerator.is_main_process
     settings = {
@@ -232,7 +243,7 @@ def _draw_classes(pipe: DiffusionPipeline, texts: Texts, options: Options, accel
     missing = missing_class_images(folder, data.num_class_images)
     accelerator.wait_for_everyone()  # every process has seen the same files
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    with components_on(pipe, accelerator.device, offload=validation.enable_model_cpu_offload):
+    with components_on(pipe, accelerator.device, offload=validation.enable_model_cpu_offload, staying=staying):
         draw_class_images(
             pipe,
             folder,
