@@ -26,6 +26,7 @@ REQUIRED: dict[type, dict[str, Any]] = {
 PRIOR = {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a dog"}
 MEASURED = {"validation_prompt": ["a sks dog"], "validation_clip": "clip"}
 BESIDE: dict[str, dict[str, Any]] = {
+    "blocks_to_swap": {"gradient_checkpointing": True},
     "lr_num_cycles": {"lr_scheduler": "cosine_with_restarts"}, "lr_power": {"lr_scheduler": "polynomial"},
     "prodigy_beta3": {"optimizer": "prodigy"}, "prodigy_use_bias_correction": {"optimizer": "prodigy"},
     "prodigy_safeguard_warmup": {"optimizer": "prodigy"},
