@@ -137,6 +137,23 @@ class TrainingConfig:
             self, 0, "direction_turn", "learning_rate", "lambda_learning_rate", "max_grad_norm", "lr_warmup_steps"
         )
         at_least(self, 0, "checkpointing_steps", "blocks_to_swap")
+        self._check_swapping()
+        if self.checkpoints_total_limit is not None:
+            at_least(self, 1, "checkpoints_total_limit")
+        self._check_companions()
+        if not 0 <= self.ema_decay < 1:
+            raise OptionError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            raise OptionError(f"snr_gamma is {self.snr_gamma}; it must be positive (5 is usual), or left out")
+        if self.timestep_shift is not None and self.timestep_shift <= 0:
+            raise OptionError(
+                f"timestep_shift is {self.timestep_shift}; it must be positive (3 is SD3's), or left out"
+            )
+        if self.logit_std <= 0:
+            raise OptionError(f"logit_std is {self.logit_std}; it must be positive (1 is usual)")
+
+    def _check_swapping(self) -> None:
+        """What swapped blocks need, and what they do not go with."""
         if self.blocks_to_swap and not self.gradient_checkpointing:
             raise OptionError(
                 "blocks_to_swap is for gradient_checkpointing, which calls a block again when its weights are needed "
@@ -152,19 +169,6 @@ class TrainingConfig:
                 f"blocks_to_swap is {self.blocks_to_swap}, which saves nothing: {PLACES} of the blocks have a place "
                 f"on the GPU at any time; give more, or 0"
             )
-        if self.checkpoints_total_limit is not None:
-            at_least(self, 1, "checkpoints_total_limit")
-        self._check_companions()
-        if not 0 <= self.ema_decay < 1:
-            raise OptionError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise OptionError(f"snr_gamma is {self.snr_gamma}; it must be positive (5 is usual), or left out")
-        if self.timestep_shift is not None and self.timestep_shift <= 0:
-            raise OptionError(
-                f"timestep_shift is {self.timestep_shift}; it must be positive (3 is SD3's), or left out"
-            )
-        if self.logit_std <= 0:
-            raise OptionError(f"logit_std is {self.logit_std}; it must be positive (1 is usual)")
 
     def _check_companions(self) -> None:
         """Options that only act beside a certain choice."""
