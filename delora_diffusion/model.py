@@ -274,20 +274,31 @@ class DeloraModel(nn.Module):
 
     # ---- merging ----
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> MergeReport:
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, *, dequantize: bool = False
+    ) -> MergeReport:
         """Add adapters (the active ones if None) to the weights, until `unmerge_adapter`.
 
         What would not be finite is never merged, whatever `safe_merge` says.
+
+        Args:
+            dequantize: as for `merge_delora`; without it a quantised layer is refused.
         """
-        return merge_delora(self, adapter_names)
+        return merge_delora(self, adapter_names, dequantize=dequantize)
 
     def unmerge_adapter(self) -> None:
         """Restore the weights of the base, bit for bit."""
         unmerge_delora(self)
 
-    def merge_and_unload(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> nn.Module:
-        """The base model with the adapters (the active ones if None) in its weights, and without any adapter."""
-        merge_delora(self, adapter_names, permanently=True)
+    def merge_and_unload(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True, *, dequantize: bool = False
+    ) -> nn.Module:
+        """The base model with the adapters (the active ones if None) in its weights, and without any adapter.
+
+        Args:
+            dequantize: as for `merge_delora`; without it a quantised layer is refused.
+        """
+        merge_delora(self, adapter_names, permanently=True, dequantize=dequantize)
         return self.get_base_model()
 
     def unload(self) -> nn.Module:

@@ -30,6 +30,7 @@ from .method import inject, merge
 from .method.block_weights import Weight, component_weight, listed, one_each
 from .method.inject import delora_names
 from .method.state import StateReport, check_fits, load_delora_state_dict
+from .method.weights import is_quantised
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -191,9 +192,16 @@ def enable_delora(pipe: DiffusionPipeline) -> None:
 
 
 def fuse_delora(
-    pipe: DiffusionPipeline, adapter_names: str | Sequence[str] | None = None, scale: float = 1.0
+    pipe: DiffusionPipeline,
+    adapter_names: str | Sequence[str] | None = None,
+    scale: float = 1.0,
+    *,
+    dequantize: bool = False,
 ) -> dict[str, merge.MergeReport]:
     """Add the adapters (the active ones if None) to the weights, at their strengths times `scale`.
+
+    Args:
+        dequantize: as for `merge_delora`; without it a quantised component is refused.
 
     Returns:
         For each component: layers changed, and the part of the update lost to rounding in a half-precision base.
@@ -209,7 +217,7 @@ def fuse_delora(
     try:
         for component, module in _adapted(pipe).items():
             here = [name for name in names if name in delora_names(module)]
-            reports[component] = merge.merge_delora(module, here, scale=scale)
+            reports[component] = merge.merge_delora(module, here, scale=scale, dequantize=dequantize)
     except BaseException:
         for linear, layer in layers:
             if layer in fused:
@@ -244,6 +252,9 @@ def load_pipeline(
 ) -> Any:
     """A plain diffusers pipeline of `base` with adapters fused into it, ready to sample; prints what matched.
 
+    Into components that are quantised (by `quantization_config`, or in their files) nothing is fused: there the
+    adapters act beside the weights.
+
     Args:
         base: folder or Hub id of the base pipeline, or a .safetensors file of it.
         adapters: what `load_delora_weights` takes.
@@ -263,8 +274,11 @@ def load_pipeline(
     set_adapters(pipe, [report.adapter_name for report in reports], 1.0 if weights is None else weights)
     for report in reports:
         print(report)  # it returns the pipeline, so what matched can be told only so
-    for module in _adapted(pipe).values():
-        merge.merge_delora(module, permanently=True)
+    for name, module in _adapted(pipe).items():
+        if any(is_quantised(linear) for linear, _ in inject.adapted_layers(module)):
+            print(f"{name} is quantised: the adapters act beside its weights")
+        else:
+            merge.merge_delora(module, permanently=True)
     return pipe
 
 

@@ -8,11 +8,19 @@ from ..options import OptionError, option
 
 PRECISIONS = ("no", "fp16", "bf16")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+#: How the large layers of a frozen component are kept, see `base.quantise`.
+QUANTIZATIONS = ("none", "int8", "float8", "nf4")
 #: What the option `single_file_config` is, wherever there is a base.
 SINGLE_FILE_CONFIG = (
     "for a base in one .safetensors file: folder or Hub id of a base of its kind, in diffusers' layout, for all but "
     "the weights; unset: the Hub repository that diffusers knows"
 )
+#: What the options `base_quantization` and `text_encoder_quantization` are.
+BASE_QUANTIZATION = (
+    "keep the Linear layers of the denoiser's blocks in 8 bits (needs the extra torchao) or 4 (nf4, needs the extra "
+    "bitsandbytes): half or a quarter of the memory, for a little more time"
+)
+TEXT_ENCODER_QUANTIZATION = "the same for the text encoders"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +39,8 @@ class ModelConfig:
     base_dtype: str = option(
         "auto", "precision of the frozen weights; auto follows mixed_precision, fp32 without it", choices=DTYPES
     )
+    base_quantization: str = option("none", BASE_QUANTIZATION, choices=QUANTIZATIONS, resume="free")
+    text_encoder_quantization: str = option("none", TEXT_ENCODER_QUANTIZATION, choices=QUANTIZATIONS, resume="free")
 
     def __post_init__(self) -> None:
         if not self.pretrained_model_name_or_path:

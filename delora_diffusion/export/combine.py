@@ -15,7 +15,7 @@ from ..errors import DeloraError
 from ..families import Architecture
 from ..method.block_weights import number, weights_of
 from ..method.lowrank import LowRank, added
-from ..method.state import BASE_TOLERANCE
+from ..method.weights import NORM_TOLERANCE
 from .lora_names import ARCHITECTURES, LoraError, architecture_of, unreadable
 
 #: component -> layer -> its update.
@@ -96,7 +96,7 @@ def summed(
 def _check_same_base(layer: str, w: Tensor, norms: dict[str, Tensor]) -> None:
     """Compare a layer's column norms with those that an earlier adapter brought, which `norms` collects."""
     known = norms.setdefault(layer, w)
-    if known.shape != w.shape or float((w - known).norm()) > BASE_TOLERANCE * float(known.norm()):
+    if known.shape != w.shape or float((w - known).norm()) > NORM_TOLERANCE * float(known.norm()):
         raise LoraError(
             f"these adapters were trained on different bases: the column norms of {layer} differ; add up adapters of "
             f"one base"

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import WeightKindError
 from .forward_pass import ForwardPass
 from .lowrank import LowRank, added
 from .offloaded import stored, written
@@ -313,27 +312,3 @@ def add_update(linear: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str,
     layer: Any = linear._modules["delora"]
     result: Tensor = layer.forward(x, output)
     return result
-
-
-def base_weight(linear: nn.Linear) -> Tensor:
-    """The frozen weight W (out, in) in fp32: unmerged, and dequantised where the layer is quantised.
-
-    Raises:
-        TypeError: a quantised weight of a kind that cannot be read.
-    """
-    layer = getattr(linear, "delora", None)
-    current = stored(linear, "weight")
-    weight: Any = current if layer is None or layer.base_weight is None else layer.base_weight
-    if getattr(weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = dequantize_4bit(weight.data.to(weight.quant_state.absmax.device), weight.quant_state)
-    elif type(weight.data) is not Tensor and hasattr(weight, "dequantize"):  # torchao and other tensor subclasses
-        weight = weight.dequantize()
-    if not weight.is_floating_point():
-        raise WeightKindError(
-            f"cannot read the weight of a {type(linear).__name__} ({weight.dtype}); "
-            f"plain, torchao and bitsandbytes 4-bit Linear layers can be adapted"
-        )
-    plain: Tensor = weight.detach().to(current.device).float()
-    return plain

@@ -15,11 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import DeloraError
 from .block_weights import Weight, layer_weights, listed, one_each
 from .config import DeloraConfig
-from .delora import DeloraAdapter, DeloraLayer, add_update, base_weight
+from .delora import DeloraAdapter, DeloraLayer, add_update
 from .fused import Place, fused_places
 from .offloaded import runs_on, stored, written
 from .stack import end_forward, start_forward
 from .targets import target_linears, within
+from .weights import column_norms, keep_unpacked, may_pack
 
 # ---- injecting and removing ----------------------------------------------------------------------
 
@@ -35,6 +36,7 @@ class Record:
     enabled: bool = True  # False: no adapter acts, and the base's own parameters are in
     layers: list[tuple[nn.Linear, DeloraLayer]] = field(default_factory=list)  # that are adapted
     hooks: list[RemovableHandle] = field(default_factory=list)  # of the module itself
+    unpacked: list[nn.Module] = field(default_factory=list)  # layers that may not pack their weights meanwhile
     fused: list[Place] = field(default_factory=list)  # where layers may be called in one that stands for them
 
     def copy_fused_again(self, changed: bool) -> None:
@@ -48,7 +50,8 @@ def inject_delora(
 ) -> list[str]:
     """Add an adapter to the Linear layers that `config` names, freeze everything else, and make it the active one.
 
-    The norms w are taken now: load the base's weights first (an adapter's file brings its own norms along).
+    The norms w are taken now: load the base's weights first (an adapter's file brings its own norms along). Of a
+    quantised layer they are those of the dequantised weight, unless it knows better (see `weights.column_norms`).
 
     Args:
         module: any module; its layers stay where and what they are.
@@ -71,6 +74,7 @@ def inject_delora(
             f"{type(module).__name__} has an adapter {adapter_name!r} already; remove it or choose another name"
         )
     targets = target_linears(module, config)  # everything that can fail comes before the module is touched
+    record.unpacked += keep_unpacked(module)
     adapters = {name: _new_adapter(config, name, linear, generator) for name, linear in targets.items()}
     full = _trained_in_full(module, config, targets, record.base_values)
     adapted = [name for name in delora_layers(module) if f"{name}.weight" in full]
@@ -98,7 +102,7 @@ def inject_delora(
 def _new_adapter(
     config: DeloraConfig, name: str, linear: nn.Linear, generator: torch.Generator | None
 ) -> DeloraAdapter:
-    w_norm = torch.linalg.vector_norm(base_weight(linear), dim=0)
+    w_norm = column_norms(linear)
     adapter = DeloraAdapter(
         w_norm.cpu() if generator else w_norm,
         linear.out_features,
@@ -169,6 +173,8 @@ def remove_delora(module: nn.Module, adapter_name: str | None = None) -> None:
     if not record.configs:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
+        for part in record.unpacked:
+            may_pack(part)
         del module._delora
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DeloraError, WeightKindError
 from .block_weights import listed, number
-from .delora import DeloraLayer, base_weight
+from .delora import DeloraLayer
 from .inject import (
     Record,
     _swap_in,
@@ -26,6 +26,7 @@ from .inject import (
 )
 from .lowrank import LowRank, added
 from .offloaded import stored, written
+from .weights import base_weight, dequantise, is_quantised
 
 Plan = list[tuple[str, nn.Linear, DeloraLayer, dict[str, float]]]
 
@@ -46,6 +47,7 @@ def merge_delora(
     scale: float = 1.0,
     permanently: bool = False,
     dtype: torch.dtype | None = None,
+    dequantize: bool = False,
 ) -> MergeReport:
     """Add the updates of adapters (the active ones if None) to the weights: in fp32, with one cast at the end.
 
@@ -55,16 +57,20 @@ def merge_delora(
     Args:
         scale: multiplies the weight of every adapter that is merged.
         dtype: what merged weights are cast to, with `permanently`; the weight's own dtype if None.
+        dequantize: let plain layers take the place of quantised ones, for good, so that they can be merged into.
 
     Raises:
         ValueError: an unknown or already merged adapter, or a layer that would not be finite (named).
-        TypeError: a quantised layer.
+        WeightKindError: a quantised layer, without `dequantize`.
     """
     if dtype is not None and not permanently:
         raise DeloraError("dtype is for merging permanently; without it the base could not be restored")
     record = record_of(module)
     names = active_delora_adapters(module) if adapter_names is None else listed(adapter_names)
-    plan = _plan(module, record, names, scale=number(scale, "scale"), permanently=permanently)
+    scale = number(scale, "scale")
+    plan = _plan(module, record, names, scale=scale, permanently=permanently)
+    if _made_plain(module, plan, dequantize):
+        plan = _plan(module, record, names, scale=scale, permanently=permanently)
     updates = [_update(layer, merged) for _, _, layer, merged in plan]
     if permanently:
         _check_fits(plan, updates, names, dtype)
@@ -105,13 +111,23 @@ def _plan(module: nn.Module, record: Record, names: Sequence[str], *, scale: flo
         new = {n: scale * float(layer[n].delora_weight) for n in names if n in layer.adapters}
         if already := [n for n in new if n in layer.merged]:
             raise DeloraError(f"adapter {already[0]!r} is merged already; unmerge_delora first")
-        if not linear.weight.is_floating_point() or type(linear.weight.data) is not Tensor:
-            raise WeightKindError(
-                f"{path} is quantised ({linear.weight.dtype}); load the base unquantised to merge into it"
-            )
         if new:
             plan.append((path, linear, layer, {**layer.merged, **new}))
     return plan
+
+
+def _made_plain(module: nn.Module, plan: Plan, dequantize: bool) -> bool:
+    """Whether there were quantised layers to merge into, which are plain then, or refused."""
+    quantised = [path for path, linear, *_ in plan if is_quantised(linear)]
+    if quantised and not dequantize:
+        raise WeightKindError(
+            f"{quantised[0]} is quantised, and an update would drown in its rounding; load the base unquantised to "
+            f"merge into it, or pass dequantize=True to make its layers plain for good"
+        )
+    if quantised:
+        dequantise(module)
+        update_hooks(module)
+    return bool(quantised)
 
 
 def _update(layer: DeloraLayer, merged: dict[str, float]) -> LowRank:

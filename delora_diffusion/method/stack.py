@@ -15,6 +15,7 @@ from torch import nn
 
 from .delora import DeloraAdapter, DeloraLayer, form_factors
 from .forward_pass import ForwardPass
+from .weights import weight_dtype
 
 #: Arguments of diffusers' denoisers in which a pipeline's call hands along a scale for its adapters.
 SCALE_ARGUMENTS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
@@ -82,7 +83,7 @@ def has_compiled_parts(module: nn.Module) -> bool:
 
 def compute_dtype(linear: nn.Linear, adapter: DeloraAdapter) -> torch.dtype:
     """The precision in which a layer will be asked for its update, where its adapter is: its weight may come later."""
-    kind, dtype = adapter.delora_A.device.type, linear.weight.dtype
+    kind, dtype = adapter.delora_A.device.type, weight_dtype(linear)
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from ..errors import DeloraError
 from .config import DeloraConfig
-from .delora import INIT_TENSOR_NAMES, NORM_FLOOR, TENSOR_NAMES, base_weight
+from .delora import INIT_TENSOR_NAMES, TENSOR_NAMES
 from .inject import delora_adapters, delora_layers, names_in_full, record_of
 from .targets import target_linears
+from .weights import norms_off
 
-#: Half-precision bases shift a column norm by less than this; another fine-tune of the same model by far more.
-BASE_TOLERANCE = 5e-3
 #: Between a layer's name and an adapter's, in the module's own names.
 IN_MODULE = ".delora.adapters."
 
@@ -119,11 +118,9 @@ def _check_base(module: nn.Module, present: dict[str, Tensor], tensors: dict[str
     layers = delora_layers(module)
     largest = None
     for name in (n for n in present if n.endswith(".delora_w_norm") and not present[n].is_meta):
-        here = torch.linalg.vector_norm(base_weight(layers[name.removesuffix(".delora_w_norm")]), dim=0)
-        there = tensors[name].to(here)
-        off = float(torch.linalg.vector_norm(there - here) / torch.linalg.vector_norm(here).clamp(min=NORM_FLOOR))
+        off, fits = norms_off(layers[name.removesuffix(".delora_w_norm")], tensors[name])
         largest = max(off, largest or 0.0)
-        if off > BASE_TOLERANCE:
+        if not fits:
             raise DeloraError(
                 f"adapter was trained on another base than this {type(module).__name__}: the column norms of "
                 f"{name.removesuffix('.delora_w_norm')} differ by {off:.1%}; load the base it was trained on, or pass "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..base.config import DTYPES, SINGLE_FILE_CONFIG
+from ..base.config import BASE_QUANTIZATION, DTYPES, QUANTIZATIONS, SINGLE_FILE_CONFIG, TEXT_ENCODER_QUANTIZATION
 from ..base.speed import COMPILE
 from ..options import OptionError, at_least, option
 
@@ -41,6 +41,8 @@ class DrawingConfig:
         "auto", "precision; auto: the family's half precision on a GPU, fp32 on the CPU", choices=DTYPES
     )
     compile: bool = option(False, COMPILE)
+    base_quantization: str = option("none", BASE_QUANTIZATION, choices=QUANTIZATIONS)
+    text_encoder_quantization: str = option("none", TEXT_ENCODER_QUANTIZATION, choices=QUANTIZATIONS)
     device: str | None = option(None, "cuda, mps or cpu; unset: the best there is")
     enable_model_cpu_offload: bool = option(
         False, "less memory, slower: components wait in the CPU's for their turn, one picture is decoded at a time"

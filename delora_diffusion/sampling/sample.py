@@ -27,6 +27,7 @@ from ..adapters.read import read_adapter
 from ..atomic import clear_scraps, complete_file
 from ..base.config import ModelConfig
 from ..base.load import half_precision, load_base
+from ..base.quantise import check_installed, quantise_pipeline
 from ..base.speed import compile_blocks
 from ..data.prompts import read_prompts
 from ..families import family_of
@@ -129,7 +130,11 @@ def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
         "guidance_scale": drawing.guidance_scale,
         "height": drawing.height,
         "width": drawing.width,
-    } | ({"single_file_config": drawing.single_file_config} if drawing.single_file_config else {})
+    } | {
+        name: value
+        for name in ("single_file_config", "base_quantization", "text_encoder_quantization")
+        if (value := getattr(drawing, name)) not in (None, "none")
+    }
     hashes = [adapter_hash(adapter) for adapter in adapters]
     sources: list[int | None] = list(range(len(adapters))) or [None]
     prompts = read_prompts(config.prompts, config.prompts_file, option="prompts_file")
@@ -191,8 +196,12 @@ def _draw_missing(
         pretrained_model_name_or_path=planned.base,
         single_file_config=drawing.single_file_config,
         base_dtype=planned.precision,
+        base_quantization=drawing.base_quantization,
+        text_encoder_quantization=drawing.text_encoder_quantization,
     )
+    check_installed(base)
     pipe = load_base(base, precision="no")
+    quantise_pipeline(pipe, base, torch.device(device))
     if drawing.scheduler:
         set_sampler(pipe, drawing.scheduler)
     for number, adapter in enumerate(planned.adapters):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..base.config import ModelConfig
 from ..base.load import listed_in, load_base, outline
 from ..base.objective import Objective, TimestepSampling, objective_of
+from ..base.quantise import check_installed
 from ..base.single_file import is_single_file
 from ..base.swap import swapped_blocks
 from ..data.photos import Example, describe_sizes, instance_examples
@@ -52,13 +53,15 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
     """Refuse what can be refused now.
 
     Raises:
-        DataError, OptionError, BaseModelError, FamilyError, ObjectiveError, DeloraConfigError: what is wrong first.
+        DataError, OptionError, BaseModelError, FamilyError, ObjectiveError, DeloraConfigError, ImportError: what is
+            wrong first.
     """
     instances = instance_examples(options.data, seed=options.training.seed)
     log.info("%s", describe_sizes(instances, options.data))
     options = in_steps(options, len(instances), accelerator.num_processes)
     training, validation = options.training, options.validation
     check_output(training)
+    check_installed(options.model)
     check_folders(options.data)
     if training.push_to_hub:
         check_login(training.hub_model_id)

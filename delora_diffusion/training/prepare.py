@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from tqdm import tqdm
 
 from ..base.config import ModelConfig
 from ..base.load import load_base
+from ..base.quantise import quantise
 from ..base.single_file import is_single_file
 from ..base.speed import to_channels_last
 from ..base.swap import swap_blocks, swapped_blocks
@@ -114,6 +116,8 @@ def prepare(checked: Checked, accelerator: Accelerator) -> Prepared:
     identity = fingerprint(fingerprint(denoiser), vae, texts.identity)
     if options.training.channels_last:
         to_channels_last(denoiser)
+    home = torch.device("cpu") if options.training.blocks_to_swap else accelerator.device
+    quantise(denoiser, options.model.base_quantization, accelerator.device, home)
     if blocks := swapped_blocks(denoiser, family, options.training.blocks_to_swap):
         swap_blocks(denoiser, list(blocks.values()), accelerator.device)
     if _prior(data):
@@ -194,11 +198,13 @@ def _encode_prompts(
     """Encode every prompt on the device; then drop the encoders, unless they are trained."""
     family, data, validation = checked.family, checked.options.data, checked.options.validation
     encoders = {name: module for name in family.text_encoders if (module := getattr(pipe, name, None)) is not None}
-    for module in encoders.values():
-        module.to(accelerator.device)
     tokenizers = [getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in encoders]
     identity = fingerprint(*encoders.values(), *map(_vocabulary, tokenizers))
-    weights = fingerprint(*map(fingerprint, encoders.values()))
+    weights, kind = fingerprint(*map(fingerprint, encoders.values())), checked.options.model.text_encoder_quantization
+    identity = identity if kind == "none" else f"{identity}:{kind}"
+    for module in encoders.values():
+        quantise(module, kind, accelerator.device)
+        module.to(accelerator.device)
     kept = [data.class_prompt] if data.with_base_preservation and data.class_prompt else []
     preserved = cache_prompts(cache, pipe, family, kept, identity=identity)
     shown, world = validation.validation_prompt, validation.validation_world_prompt

@@ -116,6 +116,9 @@ def resume(state: TrainingState, modules: Modules, options: Options) -> Path | N
     if options.adapter.lambda_warmup_steps is None:
         state.warmup = state.identity["lambda_warmup_steps"] = before.identity["lambda_warmup_steps"]
     check_continues(folder, before, replace(before, options=options.flat(), identity=state.identity))
+    for name in ("base_quantization", "text_encoder_quantization"):
+        if (then := before.options.get(name, "none")) != (now := getattr(options.model, name)):
+            log.warning("%s was %s and is %s: from here on gradients are those of another rounding", name, then, now)
     saved, average = read_checkpoint(folder, state.optimizer, ema=state.ema is not None)
     for component, module in modules.items():
         load_delora_state_dict(module, saved.tensors[component], check_base=False)
