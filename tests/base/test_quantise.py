@@ -238,8 +238,8 @@ def quantised_layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     seen: list[str] = []
 
-    def noted(module: nn.Module, kind: str, device: torch.device) -> None:
-        quantise(module, kind, device)
+    def noted(module: nn.Module, kind: str, *places: torch.device) -> None:
+        quantise(module, kind, *places)
         count = sum(isinstance(part, nn.Linear) and is_quantised(part) for part in module.modules())
         seen.append(f"{type(module).__name__} {kind} {count > 0}")
 
