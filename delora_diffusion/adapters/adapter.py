@@ -7,6 +7,7 @@ holds the configuration of each component, where the adapter comes from, and a c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..run_folder import ADAPTER_NAME
 from .safetensors_file import AdapterFileError as AdapterFileError
 from .safetensors_file import check_sum, described, read_header, read_tensors, with_checksum, write_tensors
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.ckpt)")
 FORMAT = "delora-2"
 _WITHOUT_CHECKSUM = "delora-1"
 #: Characters of a configuration: far more than a rank and a lambda for each layer of the largest models.
@@ -192,12 +194,26 @@ def layer_tensors(layer: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def base_of(adapters: Sequence[Adapter], sources: Sequence[str], *, option: str) -> str:
-    """The base model that adapters were trained on, by their own word.
+    """The base model that adapters were trained on, by their own word: a Hub id, or a folder or file that is here.
+
+    A relative path is looked for from the current folder, then from each folder above an adapter's file: where runs
+    and models lie in one project, it is found again from anywhere, and after the project was moved.
 
     Raises:
-        OptionError: they name none, or several; `option` is where the user can.
+        OptionError: they name none, several, or one that is not here; `option` is where the user can.
     """
     bases = {adapter.provenance.get("base_model", "") for adapter in adapters}
     if len(bases) != 1 or bases == {""}:
         raise OptionError(f"{', '.join(sources)} do not name one base model; give --{option}")
-    return bases.pop()
+    base = bases.pop()
+    if Path(base).exists():
+        return base
+    for folder in (folder for source in sources for folder in Path(source).resolve().parents if Path(source).exists()):
+        if (folder / base).is_file() or (folder / base / "model_index.json").is_file():
+            return str(folder / base)
+    if not _HUB_ID.fullmatch(base):
+        raise OptionError(
+            f"{', '.join(sources)} were trained on {base}, which is neither in the current folder nor in one above "
+            f"the adapter; say where it is: --{option}"
+        )
+    return base

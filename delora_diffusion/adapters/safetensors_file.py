@@ -23,6 +23,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 #: Kinds of numbers that a file for adapters can hold; whole ones among parameters that were trained in full.
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 _CHECKSUM = "checksum"
+_LONGEST_NAME = 500
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 _EVERY_UI = "ComfyUI, A1111 and Forge open it"
 #: Parts of tensor names, what has them, and what opens that; the first that fits counts.
@@ -100,6 +101,8 @@ def _opened(path: Path) -> Iterator[Any]:
         if problem := _problem_at_start(path):
             raise AdapterFileError(f"cannot read {path}: {problem}")
         with safe_open(path, framework="pt") as file:
+            if long := [name for name in file.keys() if len(name) > _LONGEST_NAME]:  # noqa: SIM118
+                raise AdapterFileError(f"{path}: a tensor's name has {len(long[0]):,} characters; it is damaged")
             yield file
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(

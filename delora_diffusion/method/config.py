@@ -90,23 +90,29 @@ class DeloraConfig:
         self._check_kinds()
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise DeloraConfigError(f"rank of {name!r} is {rank!r}; it must be a whole number of at least 1")
+                raise DeloraConfigError(
+                    f"rank of {_shown(name)} is {_shown(rank)}; it must be a whole number of at least 1"
+                )
             if self.init_weights == "paired" and rank % 2:
-                raise DeloraConfigError(f"rank of {name!r} is {rank}; init_weights='paired' needs an even rank")
+                raise DeloraConfigError(
+                    f"rank of {_shown(name)} is {_shown(rank)}; init_weights='paired' needs an even rank"
+                )
         relative = {} if self.relative_lambda is None else {"relative_lambda": self.relative_lambda}
         for name, strength in {"delora_lambda": self.delora_lambda, **relative, **self.lambda_pattern}.items():
             if not _is_number(strength) or strength < 0:
                 raise DeloraConfigError(
-                    f"lambda of {name!r} is {_shown(strength)}; it must be a finite number of at least 0"
+                    f"lambda of {_shown(name)} is {_shown(strength)}; it must be a finite number of at least 0"
                 )
         if not _is_number(self.module_dropout) or not 0.0 <= self.module_dropout < 1.0:
             raise DeloraConfigError(
                 f"module_dropout is {_shown(self.module_dropout)}; it must be at least 0 and below 1"
             )
         if self.bias not in BIAS_CHOICES:
-            raise DeloraConfigError(f"bias is {self.bias!r}; choose one of {', '.join(BIAS_CHOICES)}")
+            raise DeloraConfigError(f"bias is {_shown(self.bias)}; choose one of {', '.join(BIAS_CHOICES)}")
         if self.init_weights not in INIT_CHOICES:
-            raise DeloraConfigError(f"init_weights is {self.init_weights!r}; choose one of {', '.join(INIT_CHOICES)}")
+            raise DeloraConfigError(
+                f"init_weights is {_shown(self.init_weights)}; choose one of {', '.join(INIT_CHOICES)}"
+            )
         if self.target_modules is not None and not self.target_modules:
             raise DeloraConfigError("target_modules is empty; name at least one layer, or leave it out for attention")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -154,7 +160,7 @@ class DeloraConfig:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-                raise DeloraConfigError(f"unknown DeloraConfig field {key!r}{hint}")
+                raise DeloraConfigError(f"unknown DeloraConfig field {_shown(key)}{hint}")
         return cls(**values)
 
     @classmethod

@@ -155,7 +155,7 @@ def provenance_of(checked: Checked, base: Prepared) -> dict[str, str]:
     """What an adapter's file says of where it comes from."""
     options, scheduler = checked.options, base.pipe.scheduler
     return {
-        "base_model": options.model.pretrained_model_name_or_path,
+        "base_model": _recorded(options.model.pretrained_model_name_or_path),
         "base_fingerprint": base.identity,
         "family": checked.family.name,
         "seed": str(options.training.seed),
@@ -164,6 +164,12 @@ def provenance_of(checked: Checked, base: Prepared) -> dict[str, str]:
         "pipeline": type(base.pipe).__name__,
         "prediction_type": str(scheduler.config.get("prediction_type", "")),
     }
+
+
+def _recorded(base: str) -> str:
+    """The base's name for a file: a relative path is known by its dot from a Hub id, which looks the same."""
+    path = Path(base)
+    return f"./{base}" if path.exists() and not path.is_absolute() and not base.startswith(".") else base
 
 
 def _with(pipe: DiffusionPipeline, model: ModelConfig, precision: str, *, read: Sequence[str]) -> Any:

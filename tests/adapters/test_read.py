@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from delora_diffusion import (
     write_adapter,
 )
 from delora_diffusion.adapters import safetensors_file as module
+from delora_diffusion.adapters.adapter import base_of
 from delora_diffusion.adapters.sources import collect
+from delora_diffusion.options import OptionError
 from delora_diffusion.run_folder import ADAPTER_NAME
 
 from .. import tiny
@@ -431,6 +434,34 @@ def test_a_layer_that_is_incomplete_or_does_not_fit_together_is_refused_when_rea
         assert f"{layer}.delora_" in refusal(source) and "does not go with" in refusal(source)
     save_file(whole, file, metadata=header)
     read_adapter(source)
+
+
+# ---- the base it was trained on -------------------------------------------------------------------
+
+
+def test_a_base_named_by_a_relative_path_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    for folder in (project / "runs" / "dog", project / "models" / "sd", elsewhere):
+        folder.mkdir(parents=True)
+    (project / "models" / "sd" / "model_index.json").touch()
+    (project / "models" / "one.safetensors").touch()
+
+    def found(base: str, source: str | Path = project / "runs" / "dog") -> str:
+        return base_of([Adapter({}, {}, {"base_model": base})], [str(source)], option="base")
+
+    monkeypatch.chdir(project)
+    assert found("./models/sd") == "./models/sd"
+    monkeypatch.chdir(elsewhere)
+    for base in ("./models/sd", "models/sd", "models/one.safetensors", "../models/sd"):
+        assert Path(found(base)).resolve() == (project / base.removeprefix("../")).resolve()
+    project.rename(tmp_path / "moved")
+    assert Path(found("./models/sd", tmp_path / "moved" / "runs" / "dog")) == tmp_path / "moved" / "models" / "sd"
+    for gone in ("./models/sd", "/models/sd", "models/one.safetensors", "sd", "a/b/c"):
+        with pytest.raises(OptionError, match=f"trained on {re.escape(gone)}, which is neither .*: --base"):
+            found(gone)
+    assert found("someone/a-model") == "someone/a-model"
+    with pytest.raises(OptionError, match="do not name one base model; give --base"):
+        found("")
 
 
 class Trap:
