@@ -29,7 +29,10 @@ BESIDE: dict[str, dict[str, Any]] = {
     "blocks_to_swap": {"gradient_checkpointing": True},
     "lr_num_cycles": {"lr_scheduler": "cosine_with_restarts"}, "lr_power": {"lr_scheduler": "polynomial"},
     "prodigy_beta3": {"optimizer": "prodigy"}, "prodigy_use_bias_correction": {"optimizer": "prodigy"},
-    "prodigy_safeguard_warmup": {"optimizer": "prodigy"},
+    "prodigy_safeguard_warmup": {"optimizer": "prodigy"}, "keep_tokens": {"shuffle_caption": True},
+    **{name: {"instance_data_dir": "", "dataset_name": "set"}
+       for name in ("dataset_name", "dataset_config_name", "image_column", "caption_column")},
+    "concepts": {"instance_data_dir": ""},
 }  # fmt: skip
 NEED_FIGURES = (
     "validation_clip", "validation_dino", "validation_holdout_dir", "keep_best", "patience", "strength_sheet"
@@ -88,6 +91,7 @@ def other(group: type, field: dataclasses.Field[Any]) -> Any:
     values = {
         bool: not now, int: number + 8, float: number / 2 + 0.25, str: "ünï: #1 'no'",
         list[str]: ["a, b", "null", "1e-3"], list[int]: [3, 5], list[float]: [0.5, 2.0],
+        dict[str, dict[str, str]]: {"dog": {"folder": "ünï: #1", "trigger": "sks"}},
         dict[str, int]: {"to_q": 3, ".*\\.1": 5}, dict[str, float]: {"to_q": 1e-7, "b": 2.0},
     }  # fmt: skip
     return values[hint if hint in values else kinds[0]]

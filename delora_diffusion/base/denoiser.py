@@ -33,7 +33,23 @@ class Denoiser:
         x_t, t, cond = x_t.to(device, dtype), t.to(device), placed(cond, device, dtype)
         return self.family.predict(self.module, x_t, t, cond, setting).float()
 
-    def errors(self, x_t: Tensor, t: Tensor, cond: Conditioning, setting: Setting, target: Tensor) -> Tensor:
-        """The loss of each example: |prediction - target|^2 (B,), the mean over a target (B, C, H, W)."""
-        error = self(x_t, t, cond, setting) - target.to(self.device)
-        return error.square().flatten(1).mean(1)
+    def errors(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        setting: Setting,
+        target: Tensor,
+        *,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of each example: |prediction - target|^2 (B,), the mean over a target (B, C, H, W).
+
+        Args:
+            mask: (B, 1, H, W), what each place of the target weighs in that mean.
+        """
+        error = (self(x_t, t, cond, setting) - target.to(self.device)).square()
+        if mask is None:
+            return error.flatten(1).mean(1)
+        weight = mask.to(error).expand_as(error).flatten(1)
+        return (weight * error.flatten(1)).sum(1) / weight.sum(1)

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
-from ..options import OptionError, at_least, option
+from ..options import OptionError, at_least, build, option
 from .buckets import bucket_sizes
 
 #: Ways of resizing that Pillow has.
 RESAMPLINGS = ("lanczos", "bicubic", "bilinear", "hamming", "box", "nearest")
+
+
+#: Where masks are from, see `masks.py`.
+MASKS = ("files", "alpha", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """Photos that are taught alike: one subject of several, or images of a class."""
+
+    name: str = option("", "how it is called in messages, and as [name] in prompts")
+    folder: str = option("", "folder with its photos")
+    prompt: str | None = option(None, "caption of photos that have none beside them; unset: its trigger")
+    trigger: str | None = option(None, "its rare word, which [trigger] stands for in captions and prompts")
+    class_prompt: str | None = option(None, "what the base is to be kept for")
+    role: str = option("subject", "what its photos are", choices=("subject", "class"))
+    repeats: int = option(1, "how often each photo comes in a pass")
+    weight: float = option(1.0, "weight of its photos in the loss")
+    masks: str | None = option(None, "as the option of that name", choices=MASKS)
+
+    def __post_init__(self) -> None:
+        if not self.folder:
+            raise OptionError("folder is missing; give the one with its photos")
+        if self.repeats < 1:
+            raise OptionError(f"repeats is {self.repeats}; it must be at least 1 (or leave the photos out)")
+        if self.weight <= 0:
+            raise OptionError(f"weight is {self.weight:g}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +47,30 @@ class DataConfig:
     instance_prompt: str | None = option(
         None, 'caption of photos that have none beside them (PHOTO.txt, metadata.jsonl), e.g. "a photo of sks dog"'
     )
+    repeats: int = option(1, "how often each photo comes in a pass")
+    concepts: dict[str, dict[str, str]] = option(
+        {},
+        "several subjects in place of instance_data_dir, {name: {folder, prompt or trigger, class_prompt, role, "
+        "repeats, weight, masks}}; best in the YAML file",
+    )
+    dataset_name: str | None = option(
+        None, "data set in place of instance_data_dir: Hub id, folder or file that datasets reads", resume="free"
+    )
+    dataset_config_name: str | None = option(None, "which of a data set's configurations")
+    dataset_split: str = option("train", "which of its parts")
+    image_column: str | None = option(None, "its column of photos; unset: image, or the only one that holds images")
+    caption_column: str | None = option(None, "its column of captions; unset: instance_prompt is the caption of all")
+    shuffle_caption: bool = option(False, "shuffle what stands between commas in a caption")
+    keep_tokens: int = option(0, "with shuffle_caption: so many stay in front")
+    num_caption_orders: int = option(8, "with shuffle_caption: orders of each caption that training chooses from")
+    caption_dropout: float = option(0.0, "share of places that are trained without a caption")
+    masks: str = option(
+        "files",
+        "what of a photo counts in the loss: white in PHOTO_mask.png where there is one (files), what is not "
+        "transparent (alpha), everything (none)",
+        choices=MASKS,
+    )
+    unmasked_weight: float = option(0.0, "weight in the loss of what a mask leaves out")
     with_prior_preservation: bool = option(False, "also train on images of the class, so that it keeps its looks")
     class_data_dir: str | None = option(
         None, "folder with those; missing ones are generated there by the base model", resume="free"
@@ -50,24 +102,104 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        if not self.instance_data_dir:
-            raise OptionError("instance_data_dir is missing; give the folder with the photos of the subject")
-        if self.with_prior_preservation and not (self.class_data_dir and self.class_prompt):
+        self._check_sources()
+        class_prompts = [concept.class_prompt for concept in self.subjects if concept.class_prompt]
+        if self.with_prior_preservation and not (self.class_data_dir and class_prompts):
             raise OptionError(
                 "with_prior_preservation needs class_data_dir (an empty folder will do: missing images are generated) "
                 'and class_prompt, e.g. "a photo of a dog"'
             )
-        if self.with_base_preservation and not self.class_prompt:
+        if self.with_base_preservation and not class_prompts:
             raise OptionError('with_base_preservation needs class_prompt, e.g. "a photo of a dog"')
         if not self.with_prior_preservation and self.class_data_dir:
             raise OptionError("class_data_dir does nothing without with_prior_preservation; add it, or drop this")
-        if not (self.with_prior_preservation or self.with_base_preservation) and self.class_prompt:
+        if not (self.with_prior_preservation or self.with_base_preservation) and class_prompts:
             raise OptionError(
                 "class_prompt does nothing without with_prior_preservation or with_base_preservation; add one of them"
             )
-        at_least(self, 1, "num_class_images", "num_crops", "sample_batch_size")
-        at_least(self, 0, "prior_loss_weight", "base_preservation_weight")
+        at_least(self, 1, "num_class_images", "num_crops", "sample_batch_size", "num_caption_orders")
+        at_least(self, 0, "prior_loss_weight", "base_preservation_weight", "keep_tokens")
         if self.resolution < 8 or self.resolution % 8:
             near = max(8, round(self.resolution / 8) * 8)
             raise OptionError(f"resolution is {self.resolution}; it must be a multiple of 8, e.g. {near}")
         bucket_sizes(self.resolution, self.aspect_ratio_buckets)
+
+    @property
+    def subjects(self) -> list[Concept]:
+        """What is taught, and, with the role class, images of classes that are kept in a folder.
+
+        Raises:
+            OptionError: an option of a concept that is unknown, missing or of a wrong type; two with one trigger.
+        """
+        if self.concepts:
+            return [_concept(name, values) for name, values in self.concepts.items()]
+        return [
+            Concept(
+                folder=self.instance_data_dir or str(self.dataset_name),
+                prompt=self.instance_prompt,
+                class_prompt=self.class_prompt,
+                repeats=self.repeats,
+            )
+        ]
+
+    @property
+    def class_prompts(self) -> dict[str, str]:
+        """Folder for drawn images of a class -> their prompt; with the prior only."""
+        if not self.with_prior_preservation or self.class_data_dir is None:
+            return {}
+        return {
+            str(Path(self.class_data_dir, concept.name)): concept.class_prompt
+            for concept in self.subjects
+            if concept.class_prompt
+        }
+
+    def _check_sources(self) -> None:
+        """One source of photos, and nothing beside it that would not be used."""
+        sources = ("instance_data_dir", "concepts", "dataset_name")
+        given = [name for name in sources if getattr(self, name)]
+        if not given:
+            raise OptionError(
+                "instance_data_dir is missing; give the folder with the photos of the subject (or dataset_name, or "
+                "concepts)"
+            )
+        if len(given) > 1:
+            raise OptionError(f"{' and '.join(given)} are given; photos come from one of them")
+        beside = ("dataset_config_name", "image_column", "caption_column")
+        if not self.dataset_name and (unused := [name for name in beside if getattr(self, name)]):
+            raise OptionError(f"{' and '.join(unused)} do nothing without dataset_name; add it, or drop them")
+        if self.concepts:
+            if unused := [name for name in ("instance_prompt", "class_prompt") if getattr(self, name)]:
+                raise OptionError(f"{' and '.join(unused)} do nothing beside concepts; each has its own")
+            if self.repeats != 1:
+                raise OptionError("repeats does nothing beside concepts; each has its own")
+            self._check_concepts()
+        at_least(self, 1, "repeats")
+        if not 0 <= self.caption_dropout < 1:
+            raise OptionError(f"caption_dropout is {self.caption_dropout:g}; it must be at least 0 and below 1")
+        if not 0 <= self.unmasked_weight <= 1:
+            raise OptionError(f"unmasked_weight is {self.unmasked_weight:g}; it must be 0 to 1")
+        if self.keep_tokens and not self.shuffle_caption:
+            raise OptionError("keep_tokens does nothing without shuffle_caption; add it, or drop this")
+
+    def _check_concepts(self) -> None:
+        concepts = self.subjects
+        if all(concept.role == "class" for concept in concepts):
+            raise OptionError("concepts holds images of a class only; add a concept to teach (role subject)")
+        seen: dict[str, str] = {}
+        for concept in concepts:
+            if concept.trigger and (other := seen.setdefault(concept.trigger.lower(), concept.name)) != concept.name:
+                raise OptionError(
+                    f"concepts {other} and {concept.name} have one trigger, {concept.trigger!r}; give each its own"
+                )
+
+
+def _concept(name: str, values: dict[str, str]) -> Concept:
+    known = [field.name for field in fields(Concept) if field.name != "name"]
+    for key in values:
+        if key not in known:
+            raise OptionError(f"concepts[{name}]: unknown option {key!r}; known are {', '.join(known)}")
+    try:
+        concept: Concept = build(Concept, {**values, "name": name})
+    except OptionError as error:
+        raise OptionError(f"concepts[{name}]: {error}") from error
+    return concept

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Encoded = dict[str, Tensor]
+_Value = TypeVar("_Value")
 
 
 class Cache:
-    """Encoded examples and prompts by content key, in memory or one safetensors file each in `folder`.
+    """Encoded examples and prompts by content key: in memory, or one safetensors file each in `folder`, and then not
+    in memory.
 
     A file that cannot be read is made again.
     """
@@ -41,9 +43,10 @@ class Cache:
 
     def get(self, key: str, make: Callable[[], Encoded]) -> Encoded:
         """The tensors stored under `key`, or those of `make()`, which are then stored; on the CPU."""
-        if key not in self.memory:
-            self.memory[key] = self._read(key) or self._write(key, make())
-        return self.memory[key]
+        found = self.memory.get(key) or self._read(key) or self._write(key, make())
+        if self.folder is None:
+            self.memory[key] = found
+        return found
 
     def _path(self, key: str) -> Path | None:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.safetensors" if self.folder else None
@@ -64,6 +67,26 @@ class Cache:
             with complete_file(path) as aside:
                 write_tensors(aside, tensors)
         return tensors
+
+
+class Kept(Mapping[str, _Value]):
+    """What a cache holds, by other names. Where the cache is on disk, it is read again whenever it is asked for."""
+
+    def __init__(self, cache: Cache, keys: Mapping[str, str], read: Callable[[Encoded], _Value]) -> None:
+        """Args: keys: name -> the key in the cache. read: what becomes of the tensors."""
+        self.cache, self.keys_of, self.read = cache, dict(keys), read
+
+    def __getitem__(self, name: str) -> _Value:
+        return self.read(self.cache.get(self.keys_of[name], self._gone))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
+
+    def _gone(self) -> Encoded:
+        raise DataError(f"a file in cache_dir {self.cache.folder} is gone or damaged; start again to make it anew")
 
 
 def fingerprint(*parts: Any) -> str:
@@ -92,8 +115,9 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 def cache_latents(
     cache: Cache, vae: Any, examples: Iterable[Example], *, identity: str, progress: Callable[[Any], Any] = iter
-) -> dict[str, Encoded]:
-    """The posterior of every view of every example: {view key: {"mean", "std"} of (1, C, h, w)}, normalised.
+) -> Mapping[str, Encoded]:
+    """The posterior of every view of every example: {view key: {"mean", "std"} of (1, C, h, w)}, normalised; with a
+    mask {"mask"} (1, 1, h, w), what each place weighs.
 
     The VAE runs in the precision it has, which must not be fp16.
 
@@ -104,11 +128,12 @@ def cache_latents(
     Raises:
         DataError: a photo that the VAE turns into values that are not finite (named).
     """
-    found = {}
+    keys = {}
     for example, view in progress([(e, v) for e in examples for v in e.views]):
         key = example.key(view)
-        found[key] = cache.get(f"latents:{key}:{identity}", lambda e=example, v=view: _posterior(vae, e, v))  # type: ignore[misc]
-    return found
+        keys[key] = f"latents:{key}:{identity}"
+        cache.get(keys[key], lambda e=example, v=view: _posterior(vae, e, v))  # type: ignore[misc]
+    return Kept(cache, keys, lambda tensors: tensors)
 
 
 def _posterior(vae: Any, example: Example, view: View) -> Encoded:
@@ -117,27 +142,25 @@ def _posterior(vae: Any, example: Example, view: View) -> Encoded:
         raise DataError(
             f"the VAE gives values that are not finite for {example.path}; run it in fp32, or take the photo out"
         )
-    return {"mean": mean, "std": std}
+    if example.mask is None:
+        return {"mean": mean, "std": std}
+    height, width = mean.shape[-2:]
+    return {"mean": mean, "std": std, "mask": example.mask.part(view.box, flip=view.flip, height=height, width=width)}
 
 
 @torch.no_grad()
 def cache_prompts(
     cache: Cache, pipe: DiffusionPipeline, family: Family, prompts: Sequence[str], *, identity: str
-) -> dict[str, Conditioning]:
+) -> Mapping[str, Conditioning]:
     """The conditioning of each distinct prompt, first dimension 1.
 
     Args:
         identity: `fingerprint` of the text encoders and tokenizers.
     """
-    return {
-        prompt: from_tensors(
-            cache.get(
-                f"prompt:{prompt}:{family.name}:{identity}",
-                lambda p=prompt: to_tensors(family.encode_prompt(pipe, [p])),  # type: ignore[misc]
-            )
-        )
-        for prompt in dict.fromkeys(prompts)
-    }
+    keys = {prompt: f"prompt:{prompt}:{family.name}:{identity}" for prompt in prompts}
+    for prompt, key in keys.items():
+        cache.get(key, lambda p=prompt: to_tensors(family.encode_prompt(pipe, [p])))  # type: ignore[misc]
+    return Kept(cache, keys, from_tensors)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ _NEEDED = {
     **dict.fromkeys((".heic", ".heif", ".hif"), 'pip install "delora_diffusion[heic]" reads it'),
     **dict.fromkeys((".avif", ".avifs"), "Pillow 11.3 or newer reads it"),
 }
+MASK = "_mask"  # what follows the name of a photo in that of its mask
 #: Files that file managers leave behind, besides those with a dot in front.
 _LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini")
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -52,7 +53,7 @@ def is_image(path: Path) -> bool:
 
 
 def find_images(folder: Path, *, option: str) -> list[Path]:
-    """The image files of `folder`, by name.
+    """The image files of `folder`, by name, without masks: `a_mask.png` beside `a.jpg`.
 
     Raises:
         DataError: `folder` is missing, is no folder, or holds no image; the message names `option`.
@@ -61,7 +62,9 @@ def find_images(folder: Path, *, option: str) -> list[Path]:
         raise DataError(f"{option} {folder} does not exist; give the folder that holds the photos")
     if not folder.is_dir():
         raise DataError(f"{option} {folder} is a file; give the folder that holds the photos")
-    paths = sorted(path for path in folder.iterdir() if is_image(path))
+    images = sorted(path for path in folder.iterdir() if is_image(path))
+    masks = set(masks_among(images).values())
+    paths = [path for path in images if path not in masks]
     if not paths:
         others = left_out(folder, ()) or sorted(path.name for path in folder.iterdir())
         found = f"holds {some_of(others)}" if others else "is empty"
@@ -69,6 +72,12 @@ def find_images(folder: Path, *, option: str) -> list[Path]:
             f"{option} {folder} has no images: it {found}; put {', '.join(image_suffixes())} files straight into it"
         )
     return paths
+
+
+def masks_among(images: Iterable[Path]) -> dict[Path, Path]:
+    """Photo -> its mask, of the image files of a folder."""
+    by_stem = {path.stem: path for path in images}
+    return {photo: by_stem[f"{stem}{MASK}"] for stem, photo in by_stem.items() if f"{stem}{MASK}" in by_stem}
 
 
 def left_out(folder: Path, used: Iterable[Path]) -> list[str]:

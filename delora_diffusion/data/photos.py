@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,11 @@ from torch import Tensor
 
 from .buckets import Size, bucket_sizes, largest_part, nearest_size
 from .captions import Captions, is_caption_file, read_captions
-from .config import DataConfig
-from .image_files import DataError, find_images, left_out, read_photo, some_of
+from .concepts import orders_of, triggers_of, with_triggers
+from .config import Concept, DataConfig
+from .dataset import read_dataset
+from .image_files import DataError, find_images, is_image, left_out, masks_among, read_photo, some_of
+from .masks import Mask, mask_of
 
 CROPPED = 0.2  # share of a photo whose loss is worth a word
 ENLARGED = 1.1  # the same of a factor by which it is enlarged
@@ -41,11 +44,23 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A photo, its caption, its weight in the loss, and the views of it that training chooses from."""
+    """A photo, its caption, its weight in the loss, and the views of it that training chooses from.
+
+    Attributes:
+        orders: the caption in the orders that training chooses from, where it is shuffled.
+        concept: the name of what it shows, where there are several.
+        repeats: how often it comes in a pass.
+        class_prompt: what the base is to be kept for beside it.
+    """
 
     path: Path
     caption: str
     weight: float
+    orders: tuple[str, ...] = ()
+    concept: str = ""
+    repeats: int = 1
+    class_prompt: str | None = None
+    mask: Mask | None = None
     size: tuple[int, int]  # width and height of the photo in pixels
     views: tuple[View, ...]
     content: str  # hash of the file's bytes
@@ -53,7 +68,13 @@ class Example:
     def key(self, view: View) -> str:
         """Names the pixels of `view`, whatever the file is called."""
         how = "" if view.resampling == "lanczos" else f":{view.resampling}"
-        return f"{self.content}:{view.box}:{view.flip}:{view.size}{how}"
+        masked = f":{self.mask.content}{':alpha' * self.mask.alpha}" if self.mask else ""
+        return f"{self.content}:{view.box}:{view.flip}:{view.size}{how}{masked}"
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The captions that training chooses from."""
+        return self.orders or (self.caption,)
 
     def pixels(self, view: View) -> Tensor:
         """The view as (3, height, width) fp32 in -1 .. 1.
@@ -70,27 +91,67 @@ class Example:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-def instance_examples(config: DataConfig, *, seed: int) -> list[Example]:
-    """The subject's photos, weight 1. What of the folder is not used is told.
+def instance_examples(config: DataConfig, *, seed: int, trigger: str = "") -> list[Example]:
+    """The photos of what is taught. What of their folders is not used is told.
+
+    Args:
+        trigger: the rare word of concepts without one of their own.
 
     Raises:
         DataError: no folder, no photos, an unreadable photo, or a photo without a caption.
     """
-    folder = Path(config.instance_data_dir)
-    paths = find_images(folder, option="instance_data_dir")
-    captions = _told(folder, paths, read_captions(folder, paths, default=config.instance_prompt))
-    return [_example(path, captions.texts[path], 1.0, config, seed=seed) for path in paths]
+    subjects = [concept for concept in config.subjects if concept.role == "subject"]
+    return [e for one in subjects for e in _examples(one, config, seed=seed, trigger=trigger)]
 
 
 def class_examples(config: DataConfig, *, seed: int) -> list[Example]:
-    """The first `num_class_images` images of the class, weight `prior_loss_weight`; none without the prior."""
-    if not config.with_prior_preservation or config.class_data_dir is None:
-        return []
-    folder = Path(config.class_data_dir)
-    paths = find_images(folder, option="class_data_dir")
-    captions = _told(folder, paths, read_captions(folder, paths, default=config.class_prompt))
-    chosen = paths[: config.num_class_images]
-    return [_example(path, captions.texts[path], config.prior_loss_weight, config, seed=seed) for path in chosen]
+    """Images of classes, weighing `prior_loss_weight`: those of concepts with that role, and with the prior the first
+    `num_class_images` of each folder of drawn ones."""
+    given, drawn = _class_concepts(config)
+    found = [_examples(concept, config, seed=seed) for concept in given]
+    found += [_examples(concept, config, seed=seed, most=config.num_class_images) for concept in drawn]
+    return [replace(e, weight=e.weight * config.prior_loss_weight) for some in found for e in some]
+
+
+def class_captions(config: DataConfig) -> list[str]:
+    """Captions of class images: of those that are there already, and of those that will be drawn."""
+    given, drawn = _class_concepts(config)
+    captions = [str(concept.prompt) for concept in drawn]
+    for concept in [*given, *drawn]:
+        folder = Path(concept.folder)
+        there = sorted(path for path in folder.iterdir() if is_image(path)) if folder.is_dir() else []
+        captions += read_captions(folder, there, default=concept.prompt).texts.values() if there else []
+    return captions
+
+
+def _class_concepts(config: DataConfig) -> tuple[list[Concept], list[Concept]]:
+    """Those that somebody gave images of, and those of which they are drawn."""
+    given = [concept for concept in config.subjects if concept.role == "class"]
+    return given, [Concept(folder=folder, prompt=prompt) for folder, prompt in config.class_prompts.items()]
+
+
+def _examples(
+    concept: Concept, config: DataConfig, *, seed: int, trigger: str = "", most: int | None = None
+) -> list[Example]:
+    """The photos of a concept, or the first `most` of them.
+
+    Raises:
+        DataError: as `instance_examples`, and a [trigger] that stands for no word.
+    """
+    option = f"concepts[{concept.name}]" if concept.name else "class_data_dir" if most else "instance_data_dir"
+    if config.dataset_name and most is None:
+        captions = read_dataset(config)
+        paths, files = list(captions.texts), {}
+    else:
+        folder = Path(concept.folder)
+        paths, files = find_images(folder, option=option), masks_among(filter(is_image, folder.iterdir()))
+        files = {} if (concept.masks or config.masks) != "files" else files
+        captions = read_captions(folder, paths, default=concept.prompt or concept.trigger)
+        log.info("%s: %d photos%s; %s", folder, len(paths), f", {len(files)} masks" * bool(files), captions)
+        tell_unused(folder, [*paths, *files.values()], captions)
+    words = triggers_of(config) | {"trigger": concept.trigger or trigger}
+    texts = {path: with_triggers(captions.texts[path], words, where=path) for path in paths[:most]}
+    return [_example(path, text, concept, config, seed=seed, masks=files) for path, text in texts.items()]
 
 
 def tell_unused(folder: Path, paths: Sequence[Path], captions: Captions) -> None:
@@ -99,12 +160,6 @@ def tell_unused(folder: Path, paths: Sequence[Path], captions: Captions) -> None
     for what, names in (("left out", left_out(folder, [*paths, *written])), ("captions not used", captions.unused)):
         if names:
             log.warning("%s: %d %s: %s", folder, len(names), what, some_of(names))
-
-
-def _told(folder: Path, paths: Sequence[Path], captions: Captions) -> Captions:
-    log.info("%s: %d photos; %s", folder, len(paths), captions)
-    tell_unused(folder, paths, captions)
-    return captions
 
 
 def describe_sizes(examples: Sequence[Example], config: DataConfig) -> str:
@@ -132,16 +187,41 @@ def describe_sizes(examples: Sequence[Example], config: DataConfig) -> str:
     return text
 
 
-def _example(path: Path, caption: str, weight: float, config: DataConfig, *, seed: int) -> Example:
+def _example(
+    path: Path, caption: str, concept: Concept, config: DataConfig, *, seed: int, masks: Mapping[Path, Path]
+) -> Example:
+    """A photo of a concept.
+
+    Raises:
+        DataError: it cannot be read, or nothing that its mask leaves is in any part of it.
+    """
     image, content = read_photo(path)
     width, height = image.size
     size = nearest_size(width, height, bucket_sizes(config.resolution, config.aspect_ratio_buckets))
-    views = tuple(
-        View(box, flip, size, config.image_interpolation_mode)
-        for box in _boxes(width, height, size, config, seed=seed, content=content)
-        for flip in ((False, True) if config.random_flip else (False,))
+    mask = mask_of(path, (width, height), kind=concept.masks or config.masks, files=masks)
+    boxes = _boxes(width, height, size, config, seed=seed, content=content)
+    if mask is not None and not (boxes := [box for box in boxes if mask.shows(box)]):
+        raise DataError(
+            f"the crop of {path} leaves nothing of what its mask shows; give aspect_ratio_buckets auto, or crop the "
+            f"photo around it"
+        )
+    return Example(
+        path=path,
+        caption=caption,
+        weight=concept.weight,
+        orders=orders_of(caption, config, seed=seed, content=content),
+        concept=concept.name,
+        repeats=concept.repeats,
+        class_prompt=concept.class_prompt,
+        mask=mask,
+        size=(width, height),
+        views=tuple(
+            View(box, flip, size, config.image_interpolation_mode)
+            for box in boxes
+            for flip in ((False, True) if config.random_flip else (False,))
+        ),
+        content=content,
     )
-    return Example(path=path, caption=caption, weight=weight, size=(width, height), views=views, content=content)
 
 
 def _boxes(

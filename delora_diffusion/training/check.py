@@ -13,6 +13,7 @@ from ..base.objective import Objective, TimestepSampling, objective_of
 from ..base.quantise import check_installed
 from ..base.single_file import is_single_file
 from ..base.swap import swapped_blocks
+from ..data.concepts import expanded_prompts
 from ..data.photos import Example, describe_sizes, instance_examples
 from ..data.prompts import read_prompts
 from ..families import Family, check_trainable
@@ -56,9 +57,10 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
         DataError, OptionError, BaseModelError, FamilyError, ObjectiveError, DeloraConfigError, ImportError: what is
             wrong first.
     """
-    instances = instance_examples(options.data, seed=options.training.seed)
+    token = options.validation.trigger_token
+    instances = instance_examples(options.data, seed=options.training.seed, trigger=token)
     log.info("%s", describe_sizes(instances, options.data))
-    options = in_steps(options, len(instances), accelerator.num_processes)
+    options = in_steps(options, sum(e.repeats for e in instances), accelerator.num_processes)
     training, validation = options.training, options.validation
     check_output(training)
     check_installed(options.model)
@@ -68,6 +70,7 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
     measuring = validation.validation_dino or validation.validation_clip
     world = read_prompts(validation.validation_world_prompt, option="validation_world_prompt") if measuring else []
     prompts = read_prompts(validation.validation_prompt, option="validation_prompt")
+    prompts = expanded_prompts(prompts, options.data, trigger=token, option="validation_prompt")
     validation = replace(validation, validation_prompt=prompts, validation_world_prompt=world)
     family = check_trainable(listed_in(options.model), train_text_encoder=options.adapter.train_text_encoder)
     pipe = begin(options.model, family, precision=accelerator.mixed_precision)

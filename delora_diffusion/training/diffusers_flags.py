@@ -1,4 +1,4 @@
-"""diffusers' flags that have another name here, or none: what becomes of each.
+"""diffusers' flags that have another name here, or none, and some of kohya's: what becomes of each.
 
 Flags of diffusers' DreamBooth LoRA scripts that are options of the trainer mean the same under their own name. The
 tables below hold all others: translated, without effect (the run says so once, and why), or refused with the way.
@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..data.kohya import concepts_in, options_of_toml
 from ..options import OptionError
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ Given = Mapping[str, Any]
 
 #: Why nothing comes of a flag here -> such flags.
 WITHOUT_EFFECT = {
-    "photos are always encoded once, before training": "cache_latents",
+    "photos are always encoded once, before training": "cache_latents cache_latents_to_disk",
     "prompts are always encoded once, unless the text encoder is trained": "pre_compute_text_embeddings",
     "what encodes is read in its turn, and has left the device before the denoiser comes": "offload "
     "remote_text_encoder fsdp_text_encoder",
@@ -27,7 +28,7 @@ WITHOUT_EFFECT = {
     "nothing is loaded while training: everything is encoded before": "dataloader_num_workers",
     "the update depends on directions alone, not on lengths that decay could shrink": "adam_weight_decay "
     "adam_weight_decay_text_encoder prodigy_decouple",
-    "the strength is relative_lambda (or delora_lambda), and the same at every rank": "lora_alpha",
+    "the strength is relative_lambda (or delora_lambda), and the same at every rank": "lora_alpha network_alpha",
     "prompts are read as far as the base's own pipeline reads them, in training and in drawing": "max_sequence_length "
     "tokenizer_max_length",
     "masks are passed where the base's own pipeline passes them": "text_encoder_use_attention_mask",
@@ -111,6 +112,12 @@ def _buckets(value: Any, given: Given) -> dict[str, Any]:
     return {"aspect_ratio_buckets": given.get("aspect_ratio_buckets") or "auto"}
 
 
+def _folders(value: Any, given: Given) -> dict[str, Any]:
+    if not given.get("train_data_dir"):
+        raise OptionError("reg_data_dir is for images of classes; give train_data_dir, the folders to learn from, too")
+    return concepts_in(_text(given["train_data_dir"]), given.get("reg_data_dir"))
+
+
 #: Flag -> the options it becomes, from its value and all that is given beside it; and what these are.
 TRANSLATED: dict[str, tuple[Callable[[Any, Given], dict[str, Any]], str]] = {
     "use_8bit_adam": (_eight_bit, "`--optimizer adamw8bit`"),
@@ -121,6 +128,16 @@ TRANSLATED: dict[str, tuple[Callable[[Any, Given], dict[str, Any]], str]] = {
     "use_aspect_ratio_buckets": (_buckets, "`--aspect_ratio_buckets auto`"),
     "final_validation_prompt": (_last_prompt, "one more `--validation_prompt`"),
     "hub_token": (_token, "HF_TOKEN in the run's environment, and is written to no file"),
+    # kohya's
+    "train_data_dir": (_folders, "`concepts`, one for each folder `10_sks dog` in it (and in `img`)"),
+    "reg_data_dir": (_folders, "`concepts` with the role class"),
+    "dataset_config": (lambda value, given: options_of_toml(value), "`concepts`, and options for its settings"),
+    "network_dim": (lambda value, given: {"rank": value}, "`--rank`"),
+    "network_dropout": (lambda value, given: {"module_dropout": value}, "`--module_dropout`"),
+    "caption_dropout_rate": (lambda value, given: {"caption_dropout": value}, "`--caption_dropout`"),
+    "flip_aug": (lambda value, given: {"random_flip": True}, "`--random_flip`"),
+    "random_crop": (lambda value, given: {"center_crop": False}, "`--no-center_crop`"),
+    "enable_bucket": (_buckets, "`--aspect_ratio_buckets auto`"),
 }
 #: Options that a translated flag adds to, or decides together with them.
 SHARED = ("optimizer", "validation_prompt")
@@ -156,7 +173,12 @@ class DiffusersFlags:
             if name in self.without_effect:
                 _say("%s: without effect, %s", name, self.without_effect[name])
                 continue
+            if name == "reg_data_dir" and "train_data_dir" in foreign:
+                continue  # its concepts come with the others
             for option, new in TRANSLATED[name][0](value, own | foreign).items():
+                if own.get(option) is not None and name == "dataset_config":
+                    _say("%s: its %s is without effect, %s %s is given", name, option, option, own[option])
+                    continue
                 if own.get(option) not in (None, new) and option not in SHARED:
                     raise OptionError(f"{name} is {option} {new} here, and {option} {own[option]} is given too")
                 own[option] = new

@@ -8,10 +8,11 @@ file is read at once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -25,11 +26,8 @@ from ..base.single_file import is_single_file
 from ..base.speed import to_channels_last
 from ..base.swap import swap_blocks, swapped_blocks
 from ..data.buckets import bucket_sizes
-from ..data.captions import read_captions
-from ..data.config import DataConfig
 from ..data.encode import Cache, Encoded, cache_latents, cache_negative, cache_prompts, fingerprint
-from ..data.image_files import is_image
-from ..data.photos import Example, class_examples
+from ..data.photos import Example, class_captions, class_examples
 from ..families import Conditioning, check_sizes
 from ..sampling.generate import Prompts
 from ..sampling.offload import components_on
@@ -43,6 +41,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 log = logging.getLogger(__name__)
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +54,12 @@ class Texts:
         preserved: of the prompts that the base is to be kept for.
         shown: prompts of the previews.
         unrelated: prompts that have nothing to do with the subject.
-        of_class: the class prompt.
+        of_class: the prompts of class images that are drawn.
     """
 
     identity: str
-    conditioning: dict[str, Conditioning] | None
-    preserved: dict[str, Conditioning]
+    conditioning: Mapping[str, Conditioning] | None
+    preserved: Mapping[str, Conditioning]
     shown: Prompts
     unrelated: Prompts
     of_class: Prompts
@@ -82,7 +81,7 @@ class Prepared:
     pipe: DiffusionPipeline
     identity: str
     classes: list[Example]
-    latents: dict[str, Encoded]
+    latents: Mapping[str, Encoded]
     texts: Texts
 
 
@@ -105,7 +104,8 @@ def prepare(checked: Checked, accelerator: Accelerator) -> Prepared:
     latents = _encode_photos(cache, pipe.vae, checked.instances, vae, accelerator)
 
     # ---- the text encoders: prompts
-    captions = [e.caption for e in checked.instances] + (_class_captions(data) if _prior(data) else [])
+    captions = [caption for e in checked.instances for caption in e.captions]
+    captions += class_captions(data) + ([""] if data.caption_dropout else [])
     pipe = _with(pipe, options.model, precision, read=family.text_encoders)
     texts = _encode_prompts(cache, pipe, checked, captions, accelerator)
     clear_device_cache(garbage_collection=True)
@@ -120,10 +120,10 @@ def prepare(checked: Checked, accelerator: Accelerator) -> Prepared:
     quantise(denoiser, options.model.base_quantization, accelerator.device, home)
     if blocks := swapped_blocks(denoiser, family, options.training.blocks_to_swap):
         swap_blocks(denoiser, list(blocks.values()), accelerator.device)
-    if _prior(data):
+    if data.class_prompts:
         _draw_classes(pipe, texts, options, accelerator, staying=[denoiser] if blocks else [])
     classes = class_examples(data, seed=seed)
-    latents |= _encode_photos(cache, pipe.vae, classes, vae, accelerator)
+    latents = _both(latents, _encode_photos(cache, pipe.vae, classes, vae, accelerator))
     if not options.validation.validation_prompt:
         pipe.vae = None
     if not blocks:
@@ -141,14 +141,27 @@ def examples_of(checked: Checked, base: Prepared) -> Examples:
         encode=lambda captions: checked.family.encode_prompt(base.pipe, captions),
         preserved=base.texts.preserved,
         preservation_weight=checked.options.data.base_preservation_weight,
+        caption_dropout=checked.options.data.caption_dropout,
+        unmasked_weight=checked.options.data.unmasked_weight,
         guidance=checked.options.training.guidance_scale,
     )
 
 
 def content_of(checked: Checked, base: Prepared) -> dict[str, str]:
     """What the run is trained on, by content: compared when it is continued."""
-    photos = sorted((e.content, e.caption) for e in [*checked.instances, *base.classes])
+    photos = sorted(_of_example(e) for e in [*checked.instances, *base.classes])
     return {"base model": base.identity, "photos and captions": fingerprint(photos)}
+
+
+def _of_example(example: Example) -> tuple[str, ...]:
+    """What of an example changes what is computed, as far as it is not usual."""
+    more = (example.orders, example.repeats, example.mask.content if example.mask else None)
+    return (example.content, example.caption, *([repr(more)] if more != ((), 1, None) else []))
+
+
+def _both(first: Mapping[str, _Value], second: Mapping[str, _Value]) -> Mapping[str, _Value]:
+    """Two mappings as one, without reading what they hold."""
+    return ChainMap(first, second)  # type: ignore[arg-type]
 
 
 def provenance_of(checked: Checked, base: Prepared) -> dict[str, str]:
@@ -182,7 +195,7 @@ def _with(pipe: DiffusionPipeline, model: ModelConfig, precision: str, *, read: 
 
 def _encode_photos(
     cache: Cache, vae: Any, examples: Sequence[Example], identity: str, accelerator: Accelerator
-) -> dict[str, Encoded]:
+) -> Mapping[str, Encoded]:
     """The latents of photos, encoded on the device; afterwards the VAE is in the CPU's memory."""
     if not examples:
         return {}
@@ -211,11 +224,12 @@ def _encode_prompts(
     for module in encoders.values():
         quantise(module, kind, accelerator.device)
         module.to(accelerator.device)
-    kept = [data.class_prompt] if data.with_base_preservation and data.class_prompt else []
+    kept = [concept.class_prompt for concept in data.subjects if concept.class_prompt]
+    kept = kept if data.with_base_preservation else []
     preserved = cache_prompts(cache, pipe, family, kept, identity=identity)
     shown, world = validation.validation_prompt, validation.validation_world_prompt
     negative = validation.validation_negative_prompt
-    of_class = Prompts(texts=[data.class_prompt] if _prior(data) and data.class_prompt else [])
+    of_class = Prompts(texts=list(dict.fromkeys(data.class_prompts.values())))
     texts = Texts(
         identity=weights,
         conditioning=None,
@@ -226,7 +240,7 @@ def _encode_prompts(
     )
     if checked.options.adapter.train_text_encoder:
         return texts
-    found = cache_prompts(cache, pipe, family, [*captions, *shown, *world], identity=identity) | preserved
+    found = _both(cache_prompts(cache, pipe, family, [*captions, *shown, *world], identity=identity), preserved)
     against = cache_negative(cache, pipe, family, negative, identity=identity) if shown else None
     if of_class.texts:
         usual = cache_negative(cache, pipe, family, None, identity=identity)
@@ -245,40 +259,29 @@ def _draw_classes(
 ) -> None:
     """Draw the class images that are missing, with the base; `staying` is on the device and is not moved."""
     data, validation = options.data, options.validation
-    folder, main = Path(str(data.class_data_dir)), accelerator.is_main_process
+    main = accelerator.is_main_process
     settings = {
         "height": data.resolution,
         "width": data.resolution,
         "guidance_scale": validation.validation_guidance_scale,
         "num_inference_steps": validation.validation_num_inference_steps,
     }
-    missing = missing_class_images(folder, data.num_class_images)
+    missing = {folder: missing_class_images(Path(folder), data.num_class_images) for folder in data.class_prompts}
     accelerator.wait_for_everyone()  # every process has seen the same files
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
     with components_on(pipe, accelerator.device, offload=validation.enable_model_cpu_offload, staying=staying):
-        draw_class_images(
-            pipe,
-            folder,
-            texts.of_class,
-            mine,
-            seed=options.training.seed,
-            settings=settings,
-            batch_size=data.sample_batch_size,
-            progress=lambda batches: tqdm(batches, desc="class images", disable=not main or not len(batches)),
-        )
-    log.info("drew %d class images into %s", len(missing), folder)
+        for folder, prompt in data.class_prompts.items():
+            draw_class_images(
+                pipe,
+                Path(folder),
+                texts.of_class.at([texts.of_class.texts.index(prompt)]),
+                missing[folder][accelerator.process_index :: accelerator.num_processes],
+                seed=options.training.seed,
+                settings=settings,
+                batch_size=data.sample_batch_size,
+                progress=lambda batches: tqdm(batches, desc="class images", disable=not main or not len(batches)),
+            )
+            log.info("drew %d class images into %s", len(missing[folder]), folder)
     accelerator.wait_for_everyone()
-
-
-def _prior(data: DataConfig) -> bool:
-    return bool(data.with_prior_preservation and data.class_data_dir and data.class_prompt)
-
-
-def _class_captions(data: DataConfig) -> list[str]:
-    """Captions of class images: of those that are there already, and of those that will be drawn."""
-    folder, prompt = Path(str(data.class_data_dir)), str(data.class_prompt)
-    there = sorted(path for path in folder.iterdir() if is_image(path)) if folder.is_dir() else []
-    return [prompt, *read_captions(folder, there, default=prompt).texts.values()] if there else [prompt]
 
 
 def _vocabulary(tokenizer: Any) -> dict[str, int]:

@@ -36,8 +36,9 @@ class World:
         if photos_in is None:
             photos(folder / "photos")
         data = DataConfig(
-            instance_data_dir=str(photos_in or folder / "photos"), instance_prompt=CAPTION, resolution=16, **fields
-        )
+            instance_data_dir=str(photos_in or folder / "photos"), instance_prompt=CAPTION, resolution=16,
+            with_base_preservation=True, class_prompt=CLASS, **fields,
+        )  # fmt: skip
         instances = instance_examples(data, seed=0)
         latents = cache_latents(Cache(), self.pipe.vae, instances, identity=fingerprint(self.pipe.vae))
         cond = cache_prompts(Cache(), self.pipe, self.family, [CAPTION, CLASS], identity="")
