@@ -184,12 +184,15 @@ def test_every_form_of_the_trained_adapter_draws_the_same_pictures(
 
 
 def test_the_yaml_for_own_photos_is_valid(tmp_path: Path) -> None:
-    (text,), (watching,) = blocks("yaml", README), blocks("yaml", TRAINING)
+    (text,), (concepts, watching) = blocks("yaml", README), blocks("yaml", TRAINING)
     (tmp_path / "my_dog.yaml").write_text(text)
     assert read_yaml(tmp_path / "my_dog.yaml", *GROUPS) == yaml.safe_load(text)
     (tmp_path / "my_dog.yaml").write_text(text + watching)
     values = read_yaml(tmp_path / "my_dog.yaml", *GROUPS)
     assert values["strength_sheet"] == [0.5, 0.75, 1, 1.25, 1.5] and all(build(group, values) for group in GROUPS)
+    (tmp_path / "my_dog.yaml").write_text(concepts)
+    values = read_yaml(tmp_path / "my_dog.yaml", *GROUPS) | {"with_base_preservation": True}
+    assert [concept.trigger for concept in build(DataConfig, values).subjects] == ["sks", "zwx"]
 
 
 @pytest.mark.parametrize(
