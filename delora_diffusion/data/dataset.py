@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from ..atomic import complete_file
+from ..errors import MissingExtraError
 from .captions import Captions
 from .config import DataConfig
 from .image_files import DataError, image_suffixes
@@ -33,7 +34,7 @@ def read_dataset(config: DataConfig) -> Captions:
 
     Raises:
         DataError: no such data set, part or column, a row without image or caption, or no rows at all.
-        ImportError: datasets is not installed; the message names the extra.
+        MissingExtraError: datasets is not installed; the message names the extra.
     """
     name = str(config.dataset_name)
     rows = _rows(config)
@@ -67,12 +68,12 @@ def _rows(config: DataConfig) -> Any:
     """The data set, streamed.
 
     Raises:
-        DataError, ImportError: as `read_dataset`.
+        DataError, MissingExtraError: as `read_dataset`.
     """
     try:
         import datasets
     except ImportError as error:
-        raise ImportError('dataset_name needs datasets: pip install "delora_diffusion[datasets]"') from error
+        raise MissingExtraError('dataset_name needs datasets: pip install "delora_diffusion[datasets]"') from error
     name = str(config.dataset_name)
     path, options = Path(name), {"name": config.dataset_config_name}
     try:

@@ -189,7 +189,7 @@ def test_a_late_process_draws_its_share_of_class_images(
                       class_data_dir=str(folder), class_prompt="a dog")  # fmt: skip
     options = SimpleNamespace(data=data, validation=ValidationConfig(), training=TrainingConfig())
     monkeypatch.setattr(stages, "components_on", lambda *args, **kwargs: contextlib.nullcontext())
-    stages._draw_classes(None, SimpleNamespace(of_class=Prompts(texts=["a dog"])), options, late)  # type: ignore[arg-type]
+    stages._draw_classes(None, SimpleNamespace(of_class=Prompts(texts=["a dog"])), options, late, staying=[])  # type: ignore[arg-type]
     assert drawn == [(1, "class_00001.png"), (3, "class_00003.png")]
 
 
