@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import sys
 import types
 import typing
 from collections.abc import Collection, Sequence
@@ -85,6 +86,11 @@ def parse(
             _add_flag(section, group, field)
     for name in translation.names if translation else ():
         parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
+    if foreign := next((text for text in argv if not text.isascii() and _has_raw_bytes(text)), None):
+        parser.error(
+            f"{foreign!r} holds letters that {sys.getfilesystemencoding()}, the terminal's encoding, cannot tell; set "
+            f"LANG=C.UTF-8 or PYTHONUTF8=1"
+        )
     given = vars(parser.parse_args(list(argv)))
     try:
         paths = given.pop("config", [])
@@ -181,6 +187,11 @@ class _OneOrMore(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
+def _has_raw_bytes(text: str) -> bool:
+    """Whether Python could not decode a part of the command line, and kept its bytes as half of a pair."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _suggestion(name: str, known: typing.Iterable[str], prefix: str = "") -> str:

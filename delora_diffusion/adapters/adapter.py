@@ -6,6 +6,7 @@ holds the configuration of each component, where the adapter comes from, and a c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -202,18 +203,32 @@ def base_of(adapters: Sequence[Adapter], sources: Sequence[str], *, option: str)
     Raises:
         OptionError: they name none, several, or one that is not here; `option` is where the user can.
     """
-    bases = {adapter.provenance.get("base_model", "") for adapter in adapters}
+    named = [adapter.provenance.get("base_model", "") for adapter in adapters]
+    bases = {_found(base, Path(source)) for base, source in zip(named, sources, strict=True)}
     if len(bases) != 1 or bases == {""}:
         raise OptionError(f"{', '.join(sources)} do not name one base model; give --{option}")
     base = bases.pop()
-    if Path(base).exists():
-        return base
-    for folder in (folder for source in sources for folder in Path(source).resolve().parents if Path(source).exists()):
-        if (folder / base).is_file() or (folder / base / "model_index.json").is_file():
-            return str(folder / base)
-    if not _HUB_ID.fullmatch(base):
+    if not Path(base).exists() and not _HUB_ID.fullmatch(base):
         raise OptionError(
             f"{', '.join(sources)} were trained on {base}, which is neither in the current folder nor in one above "
             f"the adapter; say where it is: --{option}"
         )
     return base
+
+
+def _found(base: str, source: Path) -> str:
+    """A base where it is from here, if it is a relative path that an adapter at `source` names."""
+    if not base or Path(base).exists() or not source.exists():
+        return base
+    places = (parent / base for parent in source.resolve().parents)
+    return next((str(place) for place in places if place.is_file() or (place / "model_index.json").is_file()), base)
+
+
+def adapter_hash(adapter: Adapter) -> str:
+    """Hash of an adapter's tensors: the same file elsewhere is the same adapter, a retrained one is not."""
+    digest = hashlib.sha256()
+    for component, tensors in sorted(adapter.tensors.items()):
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{component}.{name}".encode())
+            digest.update(tensor.contiguous().float().numpy().tobytes())
+    return digest.hexdigest()[:16]

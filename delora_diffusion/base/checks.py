@@ -81,6 +81,15 @@ def as_base_error(path: str, revision: str | None = None) -> Iterator[None]:
         raise BaseModelError(_message(path, revision, error)) from error
 
 
+@contextlib.contextmanager
+def giving(option: str) -> Iterator[None]:
+    """Say which option gives another base than the one that cannot be loaded, and that an adapter may have named."""
+    try:
+        yield
+    except BaseModelError as error:
+        raise BaseModelError(f"{error} (--{option} gives another base than the adapter names)") from error
+
+
 def _message(path: str, revision: str | None, error: Exception) -> str:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if Path(path).is_dir():

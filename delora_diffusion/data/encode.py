@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..adapters.safetensors_file import write_tensors
 from ..atomic import clear_scraps, complete_file
 from ..base.latents import posterior
+from ..console import one_line
 from ..families import Conditioning, Family, from_tensors, to_tensors
 from .image_files import DataError
 from .photos import Example, View
@@ -23,6 +25,7 @@ from .photos import Example, View
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+log = logging.getLogger(__name__)
 Encoded = dict[str, Tensor]
 _Value = TypeVar("_Value")
 
@@ -31,12 +34,13 @@ class Cache:
     """Encoded examples and prompts by content key: in memory, or one safetensors file each in `folder`, and then not
     in memory.
 
-    A file that cannot be read is made again.
+    A file that cannot be read is made again; what the disk has no room for is in memory only.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self.memory: dict[str, Encoded] = {}
+        self.takes_more = True
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             clear_scraps(folder)
@@ -44,7 +48,7 @@ class Cache:
     def get(self, key: str, make: Callable[[], Encoded]) -> Encoded:
         """The tensors stored under `key`, or those of `make()`, which are then stored; on the CPU."""
         found = self.memory.get(key) or self._read(key) or self._write(key, make())
-        if self.folder is None:
+        if self.folder is None or not self.takes_more:
             self.memory[key] = found
         return found
 
@@ -63,9 +67,13 @@ class Cache:
 
     def _write(self, key: str, tensors: Encoded) -> Encoded:
         tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        if (path := self._path(key)) is not None:
-            with complete_file(path) as aside:
-                write_tensors(aside, tensors)
+        if self.takes_more and (path := self._path(key)) is not None:
+            try:
+                with complete_file(path) as aside:
+                    write_tensors(aside, tensors)
+            except OSError as error:
+                log.warning("what is encoded is not kept in the cache %s: %s", self.folder, one_line(error))
+                self.takes_more = False
         return tensors
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.adapter import adapter_hash
 from ..adapters.read import read_adapter
 from ..data.prompts import UNRELATED_PROMPTS, has_token, read_prompts
 from ..options import OptionError
@@ -21,7 +22,7 @@ from ..reports.card import set_strength
 from ..reports.table import Row, markdown, protocol_lines, write_report
 from ..run_folder import CARD_NAME
 from ..sampling.config import DrawingConfig, SamplingConfig
-from ..sampling.sample import adapter_hash, plan, processes, sample
+from ..sampling.sample import plan, processes, sample
 from .choose import Measured, strength_text
 from .config import EvaluationConfig, MeasuringConfig
 from .images import Batch, Picture, batches_of, read_photos, read_pictures

@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ..adapters.adapter import base_of
+from ..adapters.adapter import Adapter, adapter_hash, base_of
 from ..adapters.read import read_adapter
 from ..adapters.sources import components
-from ..atomic import complete_folder
-from ..base.checks import as_base_error
+from ..atomic import clear_scraps, complete_folder
+from ..base.checks import as_base_error, giving
 from ..base.load import DTYPE
 from ..base.single_file import is_single_file, open_single_file, single_file_dtype
 from ..errors import DeloraError
@@ -60,11 +60,17 @@ def merge_into_base(config: MergingConfig) -> dict[str, MergeReport]:
         QuantizedBaseError: a quantised component, without `config.dequantize`.
     """
     out = Path(config.output)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OptionError(f"output {out} exists already and is not empty; give another folder, or move it away")
+    clear_scraps(out.parent)
     adapters = [read_adapter(source) for source in config.adapter]
     base = config.base or base_of(adapters, config.adapter, option="base")
-    pipe, stored = _open(base, config)
+    asked = _asked(config, base, adapters)
+    if done := _merged_before(out, asked):
+        log.info("%s holds these adapters in this base already", out)
+        return done
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OptionError(f"output {out} exists already and is not empty; give another folder, or move it away")
+    with giving("base"):
+        pipe, stored = _open(base, config)
     exact = _make_plain(pipe, {part for adapter in adapters for part in adapter.tensors}, config)
     check = config.check_base and exact  # quantising has moved the column norms that are compared
     names = [load_delora_weights(pipe, adapter, check_base=check).adapter_name for adapter in adapters]
@@ -79,7 +85,7 @@ def merge_into_base(config: MergingConfig) -> dict[str, MergeReport]:
     _cast_others(pipe, reports, wanted)
     with complete_folder(out) as aside:
         pipe.save_pretrained(aside)
-        (aside / RECORD_NAME).write_text(_record(config, base, reports), encoding="utf-8")
+        (aside / RECORD_NAME).write_text(_record(asked, reports), encoding="utf-8")
     return reports
 
 
@@ -151,11 +157,29 @@ def _cast_others(pipe: DiffusionPipeline, merged: Mapping[str, MergeReport], dty
             module.to(dtype)
 
 
-def _record(config: MergingConfig, base: str, reports: Mapping[str, MergeReport]) -> str:
-    record = {
+def _asked(config: MergingConfig, base: str, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What a merged pipeline is made of, and how."""
+    given = zip(config.adapter, adapters, config.strengths, strict=True)
+    return {
         "base": base,
-        "adapters": [{"adapter": a, "weight": w} for a, w in zip(config.adapter, config.strengths, strict=True)],
+        "revision": config.revision,
+        "variant": config.variant,
+        "adapters": [{"adapter": name, "content": adapter_hash(part), "weight": w} for name, part, w in given],
         "dtype": config.dtype,
-        "components": {name: dataclasses.asdict(report) for name, report in reports.items()},
     }
-    return json.dumps(record, indent=2) + "\n"
+
+
+def _record(asked: Mapping[str, Any], reports: Mapping[str, MergeReport]) -> str:
+    components = {name: dataclasses.asdict(report) for name, report in reports.items()}
+    return json.dumps({**asked, "components": components}, indent=2) + "\n"
+
+
+def _merged_before(out: Path, asked: Mapping[str, Any]) -> dict[str, MergeReport] | None:
+    """The reports of a merge that was whole already when its command was cut off; None if it is another, or none."""
+    try:
+        record = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))
+        if {name: record[name] for name in asked} != asked:
+            return None
+        return {name: MergeReport(**report) for name, report in record["components"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -51,7 +51,9 @@ class DrawingConfig:
     def __post_init__(self) -> None:
         if not self.seeds or not self.strengths:
             raise OptionError("seeds and strengths need at least one value each")
-        at_least(self, 1, "num_inference_steps", "batch_size")
+        at_least(self, 1, "num_inference_steps", "batch_size", "height", "width")
+        if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**64]:
+            raise OptionError(f"seeds hold {wrong[0]}; a seed is at least 0 and below 2^64")
 
 
 @dataclass(frozen=True, kw_only=True)

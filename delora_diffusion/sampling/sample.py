@@ -22,15 +22,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from ..adapters.adapter import Adapter, base_of
+from ..adapters.adapter import Adapter, adapter_hash, base_of
 from ..adapters.read import read_adapter
 from ..atomic import clear_scraps, complete_file
+from ..base.checks import giving
 from ..base.config import ModelConfig
 from ..base.load import half_precision, load_base
 from ..base.quantise import check_installed, quantise_pipeline
 from ..base.speed import compile_blocks
 from ..data.prompts import read_prompts
-from ..families import family_of
+from ..families import check_sizes, family_of
 from ..pipeline import load_delora_weights, set_adapters
 from ..run_folder import SHEET_NAME
 from ..seeds import derived_seed
@@ -79,7 +80,7 @@ def sample(config: SamplingConfig, drawing: DrawingConfig) -> Path:
     out, jobs = Path(config.output_dir), planned.jobs
     out.mkdir(parents=True, exist_ok=True)
     clear_scraps(out)
-    missing = [job for job in jobs if not (out / job.file).is_file()]
+    missing = [job for job in jobs if not _is_picture(out / job.file)]
     if state.is_main_process:
         there = len(jobs) - len(missing)
         log.info("%d images, %d of them are there already; %s on %s", len(jobs), there, planned.base, device)
@@ -119,7 +120,8 @@ def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
     base = config.pretrained_model_name_or_path or base_of(
         adapters, config.adapter, option="pretrained_model_name_or_path"
     )
-    half = "fp32" if cpu or drawing.dtype != "auto" else half_precision(base, drawing.single_file_config)
+    with giving("pretrained_model_name_or_path"):
+        half = "fp32" if cpu or drawing.dtype != "auto" else half_precision(base, drawing.single_file_config)
     precision = half if drawing.dtype == "auto" else drawing.dtype
     shared = {
         "negative_prompt": drawing.negative_prompt,
@@ -151,15 +153,20 @@ def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
             "adapter_hash": hashes[number] if number is not None else None,
         }
         jobs.append(Job(varied_settings | shared, number))
-    return Plan(adapters=adapters, base=base, precision=precision, jobs=jobs)
+    once = list({job.file: job for job in jobs}.values())  # a seed, prompt or strength may be named twice
+    return Plan(adapters=adapters, base=base, precision=precision, jobs=once)
 
 
 def write_manifest(out: Path, jobs: Sequence[Job]) -> None:
     """One JSON line for every image that is there: those of `jobs`, after those of earlier runs."""
     path = out / "manifest.jsonl"
-    rows = {}
-    if path.is_file():
-        rows = {row["file"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    rows: dict[str, Any] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], start=1):
+        try:
+            row = json.loads(line)
+            rows[str(row["file"])] = row
+        except (ValueError, KeyError, TypeError, RecursionError):
+            log.warning("%s line %d is no line of delora sample and is left out: %s", path, number, line[:80])
     rows |= {job.file: {"file": job.file, **job.settings} for job in jobs}
     present = [json.dumps(row, ensure_ascii=False) for name, row in rows.items() if (out / name).is_file()]
     with complete_file(path) as aside:
@@ -174,6 +181,15 @@ def sheet_of(out: Path, jobs: Sequence[Job], *, cell: int = 192) -> Image.Image:
     varied = [key for key in ("adapter", "strength", "seed") if len({job.settings[key] for job in rows[0]}) > 1]
     columns = [", ".join(_label(job.settings, key) for key in varied) for job in rows[0]]
     return contact_sheet(images, row_labels=prompts, column_labels=columns if varied else (), cell=cell)
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether there is a picture; an empty or damaged file is drawn again."""
+    try:
+        with Image.open(path) as image:
+            return bool(image.size)
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def _label(settings: dict[str, Any], key: str) -> str:
@@ -200,7 +216,9 @@ def _draw_missing(
         text_encoder_quantization=drawing.text_encoder_quantization,
     )
     check_installed(base)
-    pipe = load_base(base, precision="no")
+    with giving("pretrained_model_name_or_path"):
+        pipe = load_base(base, precision="no")
+    check_sizes(pipe, [(drawing.height or 0, drawing.width or 0)], option="height or width")
     quantise_pipeline(pipe, base, torch.device(device))
     if drawing.scheduler:
         set_sampler(pipe, drawing.scheduler)
@@ -241,13 +259,3 @@ def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
     for group in groups.values():
         for first in range(0, len(group), size):
             yield group[first : first + size]
-
-
-def adapter_hash(adapter: Adapter) -> str:
-    """Hash of an adapter's tensors: the same file elsewhere is the same adapter, a retrained one is not."""
-    digest = hashlib.sha256()
-    for component, tensors in sorted(adapter.tensors.items()):
-        for name, tensor in sorted(tensors.items()):
-            digest.update(f"{component}.{name}".encode())
-            digest.update(tensor.contiguous().float().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -20,6 +20,8 @@ from ..options import OptionError, at_least, option, to_yaml
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+#: Of what A and B are as long as learning rates, squares must be numbers in fp32.
+LARGEST_RATE = 1e6
 #: How the best adapter of a run is chosen, see `evaluation.choose.score_of`.
 KEEP_BEST = ("none", "fidelity", "balanced")
 
@@ -133,9 +135,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps")
         at_least(self, 1, "lr_num_cycles")
-        at_least(
-            self, 0, "direction_turn", "learning_rate", "lambda_learning_rate", "max_grad_norm", "lr_warmup_steps"
-        )
+        at_least(self, 0, "direction_turn", "adam_epsilon", "max_grad_norm", "lr_warmup_steps")
         at_least(self, 0, "checkpointing_steps", "blocks_to_swap")
         self._check_swapping()
         if self.checkpoints_total_limit is not None:
@@ -149,6 +149,12 @@ class TrainingConfig:
             raise OptionError(
                 f"timestep_shift is {self.timestep_shift}; it must be positive (3 is SD3's), or left out"
             )
+        for name in ("adam_beta1", "adam_beta2", "prodigy_beta3"):
+            if (beta := getattr(self, name)) is not None and not 0 <= beta < 1:
+                raise OptionError(f"{name} is {beta}; it must be at least 0 and below 1")
+        for name in ("learning_rate", "lambda_learning_rate", "text_encoder_lr"):
+            if (rate := getattr(self, name)) is not None and not 0 <= rate <= LARGEST_RATE:
+                raise OptionError(f"{name} is {rate}; it must be at least 0 and at most {LARGEST_RATE:g}")
         if self.logit_std <= 0:
             raise OptionError(f"logit_std is {self.logit_std}; it must be positive (1 is usual)")
 

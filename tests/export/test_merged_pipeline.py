@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from delora_diffusion import (
     save_delora_weights,
     set_adapters,
 )
+from delora_diffusion.atomic import ASIDE
 from delora_diffusion.cli import main
 from delora_diffusion.export import merged_pipeline as merged
 from delora_diffusion.export.config import MergingConfig
@@ -99,6 +101,23 @@ def test_plain_diffusers_draws_what_the_native_adapters_draw(
     assert {p.name for p in out.iterdir()} == {p.name for p in base.iterdir()} | {"delora_merge.json"}
 
 
+def test_a_merge_that_was_whole_when_it_was_killed_is_not_refused_and_another_is(
+    base: Path, dog: Path, style: Path, tmp_path: Path
+) -> None:
+    asked = MergingConfig(adapter=[str(dog)], base=str(base), output=str(tmp_path / "merged"))
+    half = tmp_path / ASIDE / "0123456789abcdef" / "new" / "merged"
+    half.mkdir(parents=True)
+    half.parent.parent.with_suffix(".lock").touch()
+    first = merge_into_base(asked)
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"], "what the killed one left is gone"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert merge_into_base(asked) == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    for other in ({"adapter": [str(style)]}, {"weights": [0.5]}, {"dtype": "fp16"}):
+        with pytest.raises(OptionError, match="exists already"):
+            merge_into_base(dataclasses.replace(asked, **other))
+
+
 @pytest.mark.parametrize("stored, dtype", [("fp32", "fp16"), ("fp32", "bf16"), ("fp16", "auto"), ("fp16", "fp32")])
 def test_a_sum_in_fp32_is_rounded_once_and_the_loss_is_what_rounding_cost(
     stored: str, dtype: str, base: Path, dog: Path, tmp_path: Path
@@ -147,7 +166,7 @@ def test_a_base_that_the_adapter_names_is_found_and_a_missing_one_is_asked_for(
     assert (tmp_path / "out" / "model_index.json").is_file()
     assert main(["merge", "--adapter", str(style), "--output", str(tmp_path / "other")]) == 1
     assert "do not name one base model; give --base" in capfd.readouterr().err
-    assert main(["merge", "--adapter", str(dog), "--output", str(tmp_path / "out")]) == 1
+    assert main(["merge", "--adapter", str(dog), "--weights=2", "--output", str(tmp_path / "out")]) == 1
     assert "exists already and is not empty; give another folder" in capfd.readouterr().err
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -174,3 +176,75 @@ def test_refuses_what_is_not_there(
 def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0 and "sample" in capsys.readouterr().out
     assert main(["smaple"]) == 2 and "commands are sample" in capsys.readouterr().err
+
+
+def test_what_is_named_twice_is_drawn_once_and_what_is_no_picture_again(
+    base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    given = (f"--pretrained_model_name_or_path={base}", "--prompts=a cat", "--seeds", 1, 1, 2, 1)
+    rows = sample(tmp_path / "out", *given)
+    assert [row["seed"] for row in rows] == [1, 2]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("a-cat*")}
+    empty, damaged = (tmp_path / "out" / str(row["file"]) for row in rows)
+    empty.write_bytes(b"")
+    damaged.write_bytes(b"no picture")
+    with (tmp_path / "out" / "manifest.jsonl").open("a") as file:
+        file.write('{"prompt": "a row without its file"}\n[1]\n{"fi\n')
+    assert sample(tmp_path / "out", *given) == rows
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("a-cat*")} == before
+    said = capsys.readouterr().err
+    told = [line for line in (3, 4, 5) if f"manifest.jsonl line {line} is no line of delora sample" in said]
+    assert told == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--height=-8"], "height is -8; it must be at least 1"),
+        (["--width=0"], "width is 0; it must be at least 1"),
+        ([f"--seeds={2**64}"], "seeds hold 18446744073709551616; a seed is at least 0 and below 2^64"),
+    ],
+)
+def test_sizes_and_seeds_that_cannot_be_are_refused(flags: list[str], said: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", "--pretrained_model_name_or_path=x", "--prompts=a cat", *flags])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_what_cannot_be_drawn_or_written_is_said_in_a_sentence(
+    base: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (f"--pretrained_model_name_or_path={base}", "--prompts=a cat")
+    sample(tmp_path / "out", *given, "--height=11", code=1)
+    assert "height or width is 11; StableDiffusionPipeline needs a multiple of" in capsys.readouterr().err
+    (tmp_path / "file").write_text("a file")
+    sample(tmp_path / "file" / "out", *given, code=1)
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'file'}" in said and "Not a directory" in said
+
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr("delora_diffusion.atomic._aside", full)
+    sample(tmp_path / "full", *given, code=1)
+    assert "No space left on device" in (said := capsys.readouterr().err) and "Traceback" not in said
+
+
+def test_a_relative_base_is_found_from_the_adapter_or_the_option_is_named(
+    base: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The training was started in a project's folder; the drawing is from elsewhere."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(base, project / "models" / "tiny")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(base)
+    load_delora_weights(pipe, adapters[0])
+    save_delora_weights(project / "runs" / "dog", pipe, provenance={"base_model": "models/tiny"})
+    monkeypatch.chdir(elsewhere)
+    (row,) = sample(elsewhere / "out", f"--adapter={project / 'runs' / 'dog'}", "--prompts=a cat")
+    (known,) = sample(elsewhere / "known", f"--adapter={adapters[0]}", "--prompts=a cat")
+    assert np.array_equal(pixels(elsewhere / "out", row), pixels(elsewhere / "known", known))
+    shutil.rmtree(project / "models")
+    sample(elsewhere / "lost", f"--adapter={project / 'runs' / 'dog'}", "--prompts=a cat", code=1)
+    said = capsys.readouterr().err
+    assert "models/tiny" in said and "--pretrained_model_name_or_path gives another base" in said
