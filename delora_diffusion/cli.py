@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .adapters.read import read_adapter
 from .atomic import complete_file
-from .console import quiet_libraries
+from .console import lasting_output, quiet_libraries
 from .errors import USER_ERRORS, sentence_of
 from .evaluation.benchmark import benchmark
 from .evaluation.config import BenchmarkConfig, EvaluationConfig, MeasuringConfig
@@ -147,6 +147,11 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    with lasting_output():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
     quiet_libraries()
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
