@@ -23,7 +23,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 #: Kinds of numbers that a file for adapters can hold; whole ones among parameters that were trained in full.
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 _CHECKSUM = "checksum"
-_LONGEST_NAME = 500
+_LONGEST_NAME, _MOST_DIMENSIONS = 500, 8
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 _EVERY_UI = "ComfyUI, A1111 and Forge open it"
 #: Parts of tensor names, what has them, and what opens that; the first that fits counts.
@@ -66,6 +66,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"{path}: {other[0]} is stored as {kinds[other[0]]}, of which no adapter is made; it is damaged, or "
                 f"was quantised: take the original"
             )
+        if deep := [name for name in names if len(file.get_slice(name).get_shape()) > _MOST_DIMENSIONS]:
+            raise AdapterFileError(f"{path}: {deep[0]} has more than {_MOST_DIMENSIONS} dimensions; it is damaged")
         tensors = {name: file.get_tensor(name) for name in names}
         header = file.metadata() or {}
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:

@@ -31,6 +31,7 @@ ATTENTION_FF = (
     r"|mlp\.fc[12]|DenseReluDense\.w(i|i_0|i_1|o)))"
 )
 ALL_LINEAR = "all-linear"
+_LARGEST = 1e30  # of lambda: fp32 also holds what is multiplied with it
 PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION_FF}
 INIT_CHOICES = ("zero", "residual", "paired", "kaiming")
 BIAS_CHOICES = ("none", "all", "delora_only")
@@ -99,9 +100,10 @@ class DeloraConfig:
                 )
         relative = {} if self.relative_lambda is None else {"relative_lambda": self.relative_lambda}
         for name, strength in {"delora_lambda": self.delora_lambda, **relative, **self.lambda_pattern}.items():
-            if not _is_number(strength) or strength < 0:
+            if not _is_number(strength) or not 0 <= strength < _LARGEST:
                 raise DeloraConfigError(
-                    f"lambda of {_shown(name)} is {_shown(strength)}; it must be a finite number of at least 0"
+                    f"lambda of {_shown(name)} is {_shown(strength)}; "
+                    f"it must be a finite number of at least 0 and below {_LARGEST:g}"
                 )
         if not _is_number(self.module_dropout) or not 0.0 <= self.module_dropout < 1.0:
             raise DeloraConfigError(

@@ -345,14 +345,14 @@ def memory() -> int:
 
 
 def run(
-    folder: Path, *, seed: int, count: int, kinds: Sequence[str] = KINDS
+    folder: Path, *, seed: int, count: int, first: int = 0, kinds: Sequence[str] = KINDS
 ) -> tuple[collections.Counter[str], list[str]]:
     """Judge `count` mutants, of each kind in turn: how many had which outcome, and the faults."""
     (folder / "originals").mkdir(parents=True)
     originals = Originals(folder / "originals")
     outcomes: collections.Counter[str] = collections.Counter()
     faults = []
-    for number in range(-len(kinds), count):  # first the whole files, for what is imported once
+    for number in [*range(-len(kinds), 0), *range(first, first + count)]:  # whole files come first: imports take time
         kind, source = kinds[number % len(kinds)], random.Random(f"{seed}-{number}")
         faulthandler.dump_traceback_later(STUCK, exit=True)
         shutil.rmtree(folder / "mutant", ignore_errors=True)
@@ -381,11 +381,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first mutant, to repeat one")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     given = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        outcomes, faults = run(Path(folder), seed=given.seed, count=given.count, kinds=given.kinds)
+        outcomes, faults = run(Path(folder), seed=given.seed, count=given.count, first=given.first, kinds=given.kinds)
     for outcome, number in sorted(outcomes.items()):
         print(f"{number:6}  {outcome}")
     print(*(faults or ["no faults"]), sep="\n")
