@@ -117,7 +117,13 @@ def train(
     """
     options, training, main = checked.options, checked.options.training, accelerator.is_main_process
     denoiser, examples = Denoiser(modules[checked.family.denoiser], checked.family), examples_of(checked, base)
-    state = new_state(modules, options, processes=accelerator.num_processes, identity=content_of(checked, base))
+    state = new_state(
+        modules,
+        options,
+        processes=accelerator.num_processes,
+        identity=content_of(checked, base),
+        provenance=provenance,
+    )
     optimizer, parameters = accelerator.prepare(state.optimizer), list(state.parameters.values())
     resumed = resume(state, modules, options)
     loop.announce(accelerator, modules, examples, state, options, resumed)

@@ -43,12 +43,15 @@ class Progress:
         options: those it was started with.
         identity: what it trains on, by content.
         unlogged: losses that no line of the log holds yet.
+        lambdas: the lambda of every layer by the name of its tensor. The adapter beside it has them at the strength of
+            that step, which a ramp may not have brought to 1: opened as an adapter, it is what the preview showed.
     """
 
     step: int
     options: dict[str, Any]
     identity: dict[str, Any]
     unlogged: list[float] = field(default_factory=list)
+    lambdas: dict[str, list[float]] = field(default_factory=dict)
 
 
 def write_checkpoint(
@@ -79,7 +82,7 @@ def read_progress(folder: Path) -> Progress:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         known = {name: state[name] for name in ("step", "options", "identity")}
-        return Progress(**known, unlogged=state.get("unlogged", []))
+        return Progress(**known, unlogged=state.get("unlogged", []), lambdas=state.get("lambdas", {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder} is no checkpoint ({error}); give a checkpoint-N folder, or latest") from error
 
@@ -94,6 +97,9 @@ def read_checkpoint(
     """
     try:
         adapter = read_adapter(folder)
+        for name, values in read_progress(folder).lambdas.items():
+            component, _, tensor = name.partition(".")
+            adapter.tensors[component][tensor] = torch.tensor(values)
         packed = json.loads((folder / "state.json").read_text(encoding="utf-8"))["optimizer"]
         optimizer.load_state_dict(_unflatten(_finite_tensors(folder / "optimizer.safetensors"), packed))
         return adapter, _finite_tensors(folder / "ema.safetensors") if ema else None

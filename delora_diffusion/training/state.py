@@ -66,6 +66,7 @@ class TrainingState:
     warmup: int
     identity: dict[str, Any]
     unlogged: list[float] = field(default_factory=list)
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rates(self) -> list[float]:
@@ -73,11 +74,19 @@ class TrainingState:
         return [group["lr"] for group in self.optimizer.param_groups]
 
 
-def new_state(modules: Modules, options: Options, *, processes: int, identity: Mapping[str, Any]) -> TrainingState:
+def new_state(
+    modules: Modules,
+    options: Options,
+    *,
+    processes: int,
+    identity: Mapping[str, Any],
+    provenance: Mapping[str, str] | None = None,
+) -> TrainingState:
     """The state before the first step; sets the lengths of A and B.
 
     Args:
         identity: content of what is trained on.
+        provenance: what checkpoints say of where they come from.
     """
     training, adapter = options.training, options.adapter
     set_lengths(modules, training)
@@ -97,6 +106,7 @@ def new_state(modules: Modules, options: Options, *, processes: int, identity: M
             "schedule_steps": None if constant else training.max_train_steps,
             "lambda_warmup_steps": warmup,
         },
+        provenance=provenance or {},
     )
 
 
@@ -164,10 +174,20 @@ def save_before_the_end(state: TrainingState, modules: Modules, options: Options
 
 
 def _write(folder: Path, state: TrainingState, modules: Modules, options: Options) -> Path:
+    lambdas = {
+        f"{component}.{name}": tensor.tolist()
+        for component, tensors in collect(modules, "default", at_current_weight=False).tensors.items()
+        for name, tensor in tensors.items()
+        if name.rpartition(".")[2].startswith("delora_lambda")
+    }
     progress = Progress(
-        step=state.step, options=options.flat(), identity=state.identity, unlogged=list(state.unlogged)
+        step=state.step,
+        options=options.flat(),
+        identity=state.identity,
+        unlogged=list(state.unlogged),
+        lambdas=lambdas,
     )
-    adapter = collect(modules, "default", at_current_weight=False)
+    adapter = collect(modules, "default", provenance={**state.provenance, "steps": str(state.step)})
     write_checkpoint(folder, progress=progress, adapter=adapter, optimizer=state.optimizer, ema=state.ema)
     return folder
 
