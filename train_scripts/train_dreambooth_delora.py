@@ -73,7 +73,7 @@ def run(options: Options, accelerator: Accelerator) -> Path:
     provenance = provenance_of(checked, base)
 
     # ---- adapt; what is in the folder is replaced only now, when nothing can be refused any more
-    modules = adapt(base.pipe, checked.family, checked.config, options)
+    modules = adapt(base.pipe, checked.family, checked.config, options, checked.initial)
     if main:
         clear_output(options.training)
         if not options.training.resume_from_checkpoint:
@@ -82,7 +82,7 @@ def run(options: Options, accelerator: Accelerator) -> Path:
     previews = Previews(
         pipe=base.pipe, run=out, config=options.validation, shown=base.texts.shown, unrelated=base.texts.unrelated,
         size=options.data.resolution, seed=options.training.seed,
-        starts_as_base=options.adapter.init_weights != "kaiming",
+        starts_as_base=options.adapter.init_weights != "kaiming" and checked.initial is None,
     )  # fmt: skip
     if scorer is not None:
         previews.best = keeper(scorer, previews, modules, provenance, accelerator)

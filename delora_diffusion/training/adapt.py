@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..adapters.adapter import Adapter
 from ..base.speed import compile_blocks
 from ..families import Family
 from ..method.config import ALL_LINEAR, PRESETS, DeloraConfig
@@ -15,6 +16,7 @@ from ..method.inject import adapted_layers, inject_delora
 from ..method.targets import excluding
 from ..seeds import derived_seed
 from .config import AdapterConfig, Options
+from .initial import fill, part_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -48,25 +50,29 @@ def text_encoder_config(adapter: AdapterConfig, dead: Sequence[str]) -> DeloraCo
     )
 
 
-def adapt(pipe: DiffusionPipeline, family: Family, config: DeloraConfig, options: Options) -> dict[str, nn.Module]:
+def adapt(
+    pipe: DiffusionPipeline, family: Family, config: DeloraConfig, options: Options, initial: Adapter | None = None
+) -> dict[str, nn.Module]:
     """Put an adapter into the denoiser, and into the text encoders that the pipeline still has: they are trained.
 
     Args:
         config: the denoiser's.
+        initial: the adapter to go on from.
 
     Returns:
         The adapted components, in training mode, the denoiser first.
 
     Raises:
-        OptionError: compile where it cannot be.
+        OptionError: compile where it cannot be, or an adapter that does not fit.
     """
-    modules = {family.denoiser: getattr(pipe, family.denoiser)}
-    inject_delora(modules[family.denoiser], config, generator=_generator(options, 0))
-    encoders = [name for name in family.text_encoders if getattr(pipe, name, None) is not None]
-    for number, name in enumerate(encoders, start=1):
-        modules[name] = getattr(pipe, name)
-        text_config = text_encoder_config(options.adapter, family.dead_layers(name, modules[name]))
-        inject_delora(modules[name], text_config, generator=_generator(options, number))
+    components = (family.denoiser, *family.text_encoders)
+    modules = {name: module for name in components if (module := getattr(pipe, name, None)) is not None}
+    for number, (name, module) in enumerate(modules.items()):
+        part = part_of(initial, name, module) if initial and (number == 0 or name in initial.tensors) else None
+        usual = config if number == 0 else text_encoder_config(options.adapter, family.dead_layers(name, module))
+        inject_delora(module, part[0] if part else usual, generator=_generator(options, number))
+        if part:
+            fill(module, part, source=options.adapter.initial_adapter)
     for name, module in modules.items():
         for _, layer in adapted_layers(module):  # the layer's own weight may wait in the host's memory
             layer.to(next(module.parameters()).device)

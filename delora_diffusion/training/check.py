@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.adapter import Adapter
 from ..base.config import ModelConfig
 from ..base.load import listed_in, load_base, outline
 from ..base.objective import Objective, TimestepSampling, objective_of
@@ -22,6 +23,7 @@ from ..method.targets import target_linears
 from ..reports.card import check_login
 from .adapt import denoiser_config
 from .config import Options
+from .initial import check_parts, part_of, read_initial
 from .output import check_folders, check_output
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class Checked:
         instances: the photos.
         pipe: tokenizers, scheduler, and the denoiser's outline; the whole base where it is one file.
         config: of the denoiser's adapter.
+        initial: the adapter to go on from.
     """
 
     options: Options
@@ -48,6 +51,7 @@ class Checked:
     pipe: DiffusionPipeline
     objective: Objective
     config: DeloraConfig
+    initial: Adapter | None = None
 
 
 def check(options: Options, accelerator: Accelerator) -> Checked:
@@ -75,7 +79,11 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
     family = check_trainable(listed_in(options.model), train_text_encoder=options.adapter.train_text_encoder)
     pipe = begin(options.model, family, precision=accelerator.mixed_precision)
     denoiser = getattr(pipe, family.denoiser)
+    options, initial = read_initial(options)
     config = denoiser_config(options.adapter, family.dead_layers(family.denoiser, denoiser))
+    if initial is not None:
+        check_parts(initial, absent=() if options.adapter.train_text_encoder else family.text_encoders)
+        config = part_of(initial, family.denoiser, denoiser)[0]
     target_linears(denoiser, config)
     swapped_blocks(denoiser, family, training.blocks_to_swap)
     sampling = TimestepSampling(
@@ -92,6 +100,7 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
         pipe=pipe,
         objective=objective_of(pipe.scheduler, sampling),
         config=config,
+        initial=initial,
     )
 
 

@@ -30,6 +30,11 @@ KEEP_BEST = ("none", "fidelity", "balanced")
 class AdapterConfig:
     """The adapter."""
 
+    initial_adapter: str | None = option(
+        None,
+        "go on from this adapter (a file, a folder, also PEFT's, or a Hub id) in place of a new one, with its rank, "
+        "layers and strength",
+    )
     rank: int = option(16, "rank of the update in every layer")
     relative_lambda: float = option(
         0.05, "strength: |dW| / |W| with orthogonal components; lambda follows, as relative_lambda sqrt(rank inputs)"

@@ -6,10 +6,12 @@ tables below hold all others: translated, without effect (the run says so once, 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..data.kohya import concepts_in, options_of_toml
@@ -60,8 +62,6 @@ REFUSED = {
     "new words are not trained; leave it out, and use a rare word (trigger_token)": "train_text_encoder_ti "
     "train_text_encoder_ti_frac token_abstraction num_new_tokens_per_abstraction initializer_concept enable_t5_ti",
     "everything is trained to the end; leave it out": "train_text_encoder_frac train_transformer_frac",
-    "a quantised base is not offered; base_dtype bf16 and the presets memory_*.yaml need less": "do_fp8_training "
-    "bnb_quantization_config_path",
 }
 
 
@@ -112,6 +112,20 @@ def _buckets(value: Any, given: Given) -> dict[str, Any]:
     return {"aspect_ratio_buckets": given.get("aspect_ratio_buckets") or "auto"}
 
 
+def _quantised(value: Any, given: Given) -> dict[str, Any]:
+    """What a file for bitsandbytes' configuration asks for, of what there is here."""
+    try:
+        asked = json.loads(Path(_text(value)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"cannot read bnb_quantization_config_path {value}: {error}") from error
+    if not isinstance(asked, dict) or not (asked.get("load_in_4bit") or asked.get("load_in_8bit")):
+        raise OptionError(f"bnb_quantization_config_path {value} asks for neither load_in_4bit nor load_in_8bit")
+    kind = asked.get("bnb_4bit_quant_type", "fp4")
+    if asked.get("load_in_4bit") and kind != "nf4":
+        raise OptionError(f"bnb_quantization_config_path {value}: bnb_4bit_quant_type {kind} is not offered; give nf4")
+    return {"base_quantization": "nf4" if asked.get("load_in_4bit") else "int8"}
+
+
 def _folders(value: Any, given: Given) -> dict[str, Any]:
     if not given.get("train_data_dir"):
         raise OptionError("reg_data_dir is for images of classes; give train_data_dir, the folders to learn from, too")
@@ -128,10 +142,13 @@ TRANSLATED: dict[str, tuple[Callable[[Any, Given], dict[str, Any]], str]] = {
     "use_aspect_ratio_buckets": (_buckets, "`--aspect_ratio_buckets auto`"),
     "final_validation_prompt": (_last_prompt, "one more `--validation_prompt`"),
     "hub_token": (_token, "HF_TOKEN in the run's environment, and is written to no file"),
+    "do_fp8_training": (lambda value, given: {"base_quantization": "float8"}, "`--base_quantization float8`"),
+    "bnb_quantization_config_path": (_quantised, "`--base_quantization` nf4 or int8, as the file says"),
     # kohya's
     "train_data_dir": (_folders, "`concepts`, one for each folder `10_sks dog` in it (and in `img`)"),
     "reg_data_dir": (_folders, "`concepts` with the role class"),
     "dataset_config": (lambda value, given: options_of_toml(value), "`concepts`, and options for its settings"),
+    "network_weights": (lambda value, given: {"initial_adapter": value}, "`--initial_adapter`"),
     "network_dim": (lambda value, given: {"rank": value}, "`--rank`"),
     "network_dropout": (lambda value, given: {"module_dropout": value}, "`--module_dropout`"),
     "caption_dropout_rate": (lambda value, given: {"caption_dropout": value}, "`--caption_dropout`"),

@@ -34,6 +34,7 @@ from ..sampling.offload import components_on
 from .check import Checked
 from .class_images import draw_class_images, missing_class_images
 from .config import Options
+from .initial import lineage
 from .loss import Examples
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ def provenance_of(checked: Checked, base: Prepared) -> dict[str, str]:
         "resolution": str(options.data.resolution),
         "pipeline": type(base.pipe).__name__,
         "prediction_type": str(scheduler.config.get("prediction_type", "")),
+        **lineage(checked.initial, options.adapter.initial_adapter),
     }
 
 

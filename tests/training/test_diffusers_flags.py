@@ -33,7 +33,7 @@ FIELDS = {field.name: (group, field) for group in GROUPS for field in dataclasse
 NEEDED = ["--pretrained_model_name_or_path=base", "--instance_data_dir=photos"]
 
 #: Flags with which a command of the READMEs is refused.
-REFUSED = {"cond_image_column", "do_fp8_training"}
+REFUSED = {"cond_image_column"}
 #: Flag that is translated -> what is given, beside what, and what it becomes.
 EXAMPLES: dict[str, tuple[list[str], list[str], dict[str, Any]]] = {
     "use_8bit_adam": ([], ["--optimizer=AdamW"], {"optimizer": "adamw8bit"}),
@@ -48,6 +48,8 @@ EXAMPLES: dict[str, tuple[list[str], list[str], dict[str, Any]]] = {
     "use_aspect_ratio_buckets": ([], [], {"aspect_ratio_buckets": "auto"}),
     "final_validation_prompt": (["a dog"], ["--validation_prompt=a cat"], {"validation_prompt": ["a cat", "a dog"]}),
     "hub_token": (["hf_abc"], [], {}),
+    "do_fp8_training": ([], [], {"base_quantization": "float8"}),
+    "network_weights": (["runs/dog"], [], {"initial_adapter": "runs/dog"}),
     "network_dim": (["8"], [], {"rank": 8}),
     "network_dropout": (["0.1"], [], {"module_dropout": 0.1}),
     "caption_dropout_rate": (["0.1"], [], {"caption_dropout": 0.1}),
@@ -56,7 +58,7 @@ EXAMPLES: dict[str, tuple[list[str], list[str], dict[str, Any]]] = {
     "enable_bucket": ([], [], {"aspect_ratio_buckets": "auto"}),
 }
 #: These read files, and are tried with some.
-OF_FILES = {"train_data_dir", "reg_data_dir", "dataset_config"}
+OF_FILES = {"train_data_dir", "reg_data_dir", "dataset_config", "bnb_quantization_config_path"}
 
 
 def resolved(*argv: str) -> dict[str, Any]:
@@ -144,6 +146,28 @@ def test_what_cannot_be_meant_is_refused(argv: list[str], message: str, capsys: 
     with pytest.raises(SystemExit):
         resolved(*argv)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "asked, kind",
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"), ({"load_in_8bit": True}, "int8"),
+        ({"load_in_4bit": True}, "bnb_4bit_quant_type fp4 is not offered"), ({}, "asks for neither"),
+        ([1], "asks for neither"), (None, "cannot read bnb_quantization_config_path"),
+    ],
+)  # fmt: skip
+def test_a_file_for_bitsandbytes_names_a_quantisation(
+    asked: Any, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    if asked is not None:
+        path.write_text(json.dumps(asked))
+    if kind in ("nf4", "int8"):
+        assert resolved(f"--bnb_quantization_config_path={path}")["base_quantization"] == kind
+        return
+    with pytest.raises(SystemExit):
+        resolved(f"--bnb_quantization_config_path={path}")
+    assert kind in capsys.readouterr().err
 
 
 def test_eight_bits_are_for_adam_only(caplog: pytest.LogCaptureFixture) -> None:
