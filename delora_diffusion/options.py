@@ -11,10 +11,12 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
+import re
 import sys
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
@@ -22,6 +24,10 @@ from typing import Any, Literal, NoReturn, Protocol
 import yaml
 
 from .errors import DeloraError
+from .yaml_text import as_text, from_yaml, to_yaml_text
+
+#: Words for true and false; of YAML 1.1, which many people know, too.
+_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class OptionError(DeloraError):
@@ -44,6 +50,8 @@ def option(
     help: str,
     *,
     choices: Sequence[str] | None = None,
+    within: str | None = None,
+    path: bool = False,
     resume: Literal["same", "free"] = "same",
     figures: Literal["same", "free"] = "same",
 ) -> Any:
@@ -51,11 +59,15 @@ def option(
 
     Args:
         default: a value, or a list or dict that is copied.
+        within: the interval of numbers it may be, e.g. "[0, 1)"; see `option_checks.check_ranges`.
+        path: whether it names a file or folder: ~ and environment variables stand for what they mean.
         resume: "free" where a run may be continued with another value: it does not change what a step computes, or
             what it stands for (base, photos) is compared by content.
         figures: "free" where figures measured with another value can be compared.
     """
-    metadata = {"help": help, "choices": choices, "resume": resume, "figures": figures}
+    metadata = {
+        "help": help, "choices": choices, "within": within, "path": path, "resume": resume, "figures": figures
+    }  # fmt: skip
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -96,7 +108,7 @@ def parse(
         paths = given.pop("config", [])
         fields = _fields(groups)
         given = translation(given) if translation else given
-        given = {key: _coerce(*fields[key], value) for key, value in given.items()}
+        given = {key: _coerce(*fields[key], _given(fields[key][1], value)) for key, value in given.items()}
         values: dict[str, Any] = {}
         for path in paths:
             values |= read_yaml(path, *groups, translation=translation)
@@ -113,9 +125,11 @@ def read_yaml(path: str | Path, *groups: type, translation: Translation | None =
         OptionError: no such file, not YAML, not a mapping, an unknown key (with the nearest known one), a wrong type.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = from_yaml(Path(expanded(str(path), "config")).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise OptionError(f"cannot read --config {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"cannot read --config {path}: {error}; save it as UTF-8 text") from error
     except yaml.YAMLError as error:
         raise OptionError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values or {}, dict):
@@ -123,7 +137,7 @@ def read_yaml(path: str | Path, *groups: type, translation: Translation | None =
     fields, known = _fields(groups), dict.fromkeys(translation.names if translation else ())
     for key in values or {}:
         if key not in fields and key not in known:
-            raise OptionError(f"{path}: unknown option {key!r}{_suggestion(str(key), fields)}")
+            raise OptionError(f"{path}: unknown option {key!r}{_suggestion(as_text(key), fields)}")
     values = translation(values or {}) if translation else values or {}
     return {key: _coerce(*fields[key], value, source=f"{path}: ") for key, value in values.items()}
 
@@ -139,7 +153,7 @@ def to_yaml(*configs: Any) -> str:
     parts = []
     for config in configs:
         title = (type(config).__doc__ or type(config).__name__).splitlines()[0].rstrip(".")
-        parts.append(f"# {title}\n" + yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+        parts.append(f"# {title}\n" + to_yaml_text(dataclasses.asdict(config)))
     return "\n".join(parts)
 
 
@@ -148,8 +162,8 @@ def to_table(*groups: type) -> str:
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for group in groups:
         for field in dataclasses.fields(group):
-            default = _default(field)
-            value = yaml.safe_dump(default, default_flow_style=True, width=10_000).splitlines()[0]
+            default = default_of(field)
+            value = to_yaml_text(default, flow=True).splitlines()[0]
             shown = "" if default in (None, "", [], {}) else f"`{value}`"
             meaning = _meaning(field).replace("|", r"\|")  # a bare | would end the cell
             lines.append(f"| `--{field.name}` | {shown} | {meaning} |")
@@ -194,12 +208,13 @@ def _has_raw_bytes(text: str) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _suggestion(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
+def _suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else "; see --help for all options"
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """What an option is when it is not given."""
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
@@ -210,7 +225,7 @@ def _meaning(field: dataclasses.Field[Any]) -> str:
 
 def _add_flag(section: argparse._ArgumentGroup, group: type, field: dataclasses.Field[Any]) -> None:
     kinds, is_list = _kinds(group, field)
-    default = _default(field)
+    default = default_of(field)
     text = _meaning(field).replace("%", "%%") + ("" if default in (None, [], {}, "") else f" [{default}]")
     flag = f"--{field.name}"
     if bool in kinds:
@@ -237,11 +252,9 @@ def _kinds(group: type, field: dataclasses.Field[Any]) -> tuple[set[type], bool]
 def _coerce(group: type, field: dataclasses.Field[Any], value: Any, source: str = "") -> Any:
     """`value` as the field's type, or an OptionError that says what was expected."""
     if value is None:
-        return None if _default(field) is None else _default(field)
+        return None if default_of(field) is None else default_of(field)
     kinds, is_list = _kinds(group, field)
     choices = field.metadata["choices"]
-    if value is False and "no" in (choices or ()):
-        value = "no"  # YAML reads an unquoted no as false
     if choices and isinstance(value, str) and value not in choices:  # AdamW is adamw
         value = next((choice for choice in choices if choice.lower() == value.lower()), value)
     parsed: Any
@@ -254,6 +267,9 @@ def _coerce(group: type, field: dataclasses.Field[Any], value: Any, source: str 
     else:
         parsed = _scalar(kinds, value, field.name, source)
         parsed = [parsed] if is_list and not _also_plain(group, field) else parsed
+    if field.metadata["path"]:
+        full = [expanded(item, field.name, source) for item in (parsed if isinstance(parsed, list) else [parsed])]
+        return full if isinstance(parsed, list) else full[0]
     for item in parsed if isinstance(parsed, list) else [parsed]:
         if choices and item not in choices:
             hint = _suggestion(str(item), choices) if isinstance(item, str) else ""
@@ -277,15 +293,15 @@ def _mapping(group: type, field: dataclasses.Field[Any], value: Any, source: str
 def _mapped(kind: Any, value: Any, name: str, source: str) -> dict[str, Any]:
     """The same for one level of it; `kind` is the type of its values, which may be a mapping again."""
     try:
-        parsed = yaml.safe_load(value) if isinstance(value, str) else value
+        parsed = from_yaml(value) if isinstance(value, str) else value
     except yaml.YAMLError:
         parsed = None
     if not isinstance(parsed, dict):
         raise OptionError(f"{source}{name} is {value!r}; it must be a mapping {{name: value}}")
     if typing.get_origin(kind) is dict:
         inner = typing.get_args(kind)[1]
-        return {str(key): _mapped(inner, item, f"{name}[{key}]", source) for key, item in parsed.items()}
-    return {str(key): _scalar({kind}, item, f"{name}[{key}]", source) for key, item in parsed.items()}
+        return {as_text(key): _mapped(inner, item, f"{name}[{key}]", source) for key, item in parsed.items()}
+    return {as_text(key): _scalar({kind}, item, f"{name}[{key}]", source) for key, item in parsed.items()}
 
 
 def _numbers(value: Any, name: str, source: str) -> list[Any]:
@@ -319,8 +335,8 @@ def _scalar(kinds: set[type], value: Any, name: str, source: str) -> Any:
     if bool in kinds:
         if isinstance(value, bool):
             return value
-        if str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
+        if str(value).lower() in _TRUTH:
+            return _TRUTH[str(value).lower()]
     elif int in kinds or float in kinds:
         for kind in (int, float):
             if kind in kinds and not isinstance(value, bool):
@@ -331,19 +347,28 @@ def _scalar(kinds: set[type], value: Any, name: str, source: str) -> Any:
                 if math.isfinite(parsed) and (kind is float or not isinstance(value, float) or parsed == value):
                     return parsed
     elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
+        return as_text(value)
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     expected = " or ".join(sorted(words[kind] for kind in kinds))
     raise OptionError(f"{source}{name} is {value!r}; it must be {expected}")
 
 
-def at_least(config: object, minimum: int, *names: str) -> None:
-    """Refuse fields below `minimum`; None passes.
+def expanded(path: str, name: str, source: str = "") -> str:
+    """A path with ~ and environment variables filled in, unless there is a file or folder of the name as it stands.
 
     Raises:
-        OptionError: the first of `names` whose value is smaller.
+        OptionError: no such user or variable; the message names the option `name`.
     """
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            raise OptionError(f"{name} is {value}; it must be at least {minimum}")
+    if not path.startswith("~") and os.path.lexists(path):
+        return path
+    full = os.path.expanduser(os.path.expandvars(path))
+    unset = re.search(r"\$(\w+|\{\w+\})", full)
+    if unset or full.startswith("~"):
+        missing = f"environment variable {unset[1].strip('{}')}" if unset else f"user {full.partition('/')[0][1:]}"
+        raise OptionError(f"{source}{name} is {path!r}, and there is no {missing}; write the path out")
+    return full
+
+
+def _given(field: dataclasses.Field[Any], value: Any) -> Any:
+    """A value of the command line, where None, as Python writes it, stands for nothing as it does in YAML."""
+    return None if value == "None" and default_of(field) is None else value

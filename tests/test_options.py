@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
@@ -12,12 +13,24 @@ import yaml
 
 from delora_diffusion.base.config import ModelConfig
 from delora_diffusion.data.config import DataConfig
+from delora_diffusion.evaluation.config import BenchmarkConfig, EvaluationConfig, MeasuringConfig, Subject
+from delora_diffusion.export.config import (
+    ExportConfig,
+    InspectionConfig,
+    LoraConfig,
+    MergingConfig,
+    PushConfig,
+    VerifyConfig,
+)
 from delora_diffusion.options import OptionError, build, option, parse, read_yaml, to_table, to_yaml
 from delora_diffusion.sampling.config import DrawingConfig, SamplingConfig
-from delora_diffusion.training.config import AdapterConfig, TrainingConfig, ValidationConfig
+from delora_diffusion.training.config import AdapterConfig, Options, TrainingConfig, ValidationConfig
 
 TRAINING = (ModelConfig, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig)
 SAMPLING = (SamplingConfig, DrawingConfig)
+MEASURING = (MeasuringConfig, EvaluationConfig, BenchmarkConfig, Subject)
+FILES = (LoraConfig, ExportConfig, VerifyConfig, MergingConfig, InspectionConfig, PushConfig)
+EVERY_GROUP = (*TRAINING, *SAMPLING, *MEASURING, *FILES)
 REQUIRED: dict[type, dict[str, Any]] = {
     ModelConfig: {"pretrained_model_name_or_path": "base"},
     DataConfig: {"instance_data_dir": "photos"},
@@ -30,9 +43,14 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lr_num_cycles": {"lr_scheduler": "cosine_with_restarts"}, "lr_power": {"lr_scheduler": "polynomial"},
     "prodigy_beta3": {"optimizer": "prodigy"}, "prodigy_use_bias_correction": {"optimizer": "prodigy"},
     "prodigy_safeguard_warmup": {"optimizer": "prodigy"}, "keep_tokens": {"shuffle_caption": True},
+    "num_caption_orders": {"shuffle_caption": True},
     **{name: {"instance_data_dir": "", "dataset_name": "set"}
        for name in ("dataset_name", "dataset_config_name", "image_column", "caption_column")},
     "concepts": {"instance_data_dir": ""},
+    "num_crops": {"center_crop": False},
+    "text_encoder_rank": {"train_text_encoder": True}, "text_encoder_lambda": {"train_text_encoder": True},
+    "ema_decay": {"use_ema": True}, "validation_negative_prompt": {"validation_prompt": ["a dog"]},
+    "base_preservation_weight": {"with_base_preservation": True, "class_prompt": "a dog"},
 }  # fmt: skip
 NEED_FIGURES = (
     "validation_clip", "validation_dino", "validation_holdout_dir", "keep_best", "patience", "strength_sheet"
@@ -87,6 +105,8 @@ def other(group: type, field: dataclasses.Field[Any]) -> Any:
         return next(choice for choice in choices if choice != now)
     if field.name == "aspect_ratio_buckets":
         return "64,96;96,64"
+    if field.name == "device":
+        return "cuda:1"
     number = now if isinstance(now, (int, float)) else 0
     values = {
         bool: not now, int: number + 8, float: number / 2 + 0.25, str: "ünï: #1 'no'",
@@ -217,6 +237,24 @@ def test_two_configs_never_share_a_default_list_or_dict() -> None:
         ("rank: 4.0", "rank", 4),
         ("instance_prompt: 42", "instance_prompt", "42"),
         ("mixed_precision: no", "mixed_precision", "no"),  # false to YAML 1.1
+        ("output_dir: 2024_11_25", "output_dir", "2024_11_25"),  # a number to YAML 1.1
+        ("output_dir: 2024-11-25", "output_dir", "2024-11-25"),  # a date
+        ("output_dir: 0123", "output_dir", "0123"),
+        ("output_dir: 1.10", "output_dir", "1.10"),
+        ("trigger_token: 1e3", "trigger_token", "1e3"),
+        ("instance_prompt: 1:30", "instance_prompt", "1:30"),  # 90 to YAML 1.1
+        ("instance_prompt: no", "instance_prompt", "no"),
+        ("instance_prompt: 0x1F", "instance_prompt", "0x1F"),
+        ("validation_prompt: [1.0, 007]", "validation_prompt", ["1.0", "007"]),
+        ("rank_pattern: {1.10: 4}", "rank_pattern", {"1.10": 4}),
+        ("seed: 0123", "seed", 123),  # 83 to YAML 1.1
+        ("seed: 0o17", "seed", 15),
+        ("max_train_steps: 1_000", "max_train_steps", 1000),
+        ("max_train_steps: 1e3", "max_train_steps", 1000),
+        ("cache_dir: None", "cache_dir", None),
+        ("cache_dir: 'None'", "cache_dir", "None"),
+        ("random_flip: off", "random_flip", False),
+        ("\ufeffrank: 8", "rank", 8),  # editors on Windows put a mark in front
         ("random_flip: yes", "random_flip", True),
         ("random_flip: 'True'", "random_flip", True),
         ("validation_prompt: a dog", "validation_prompt", ["a dog"]),
@@ -254,7 +292,9 @@ WRONG = [
     ("rank: .inf", "rank is inf", "a whole number"),
     ("learning_rate: fast", "learning_rate is 'fast'", "a number"),
     ("learning_rate: .nan", "learning_rate is nan", "a number"),
-    ("learning_rate: yes", "learning_rate is True", "a number"),
+    ("learning_rate: yes", "learning_rate is 'yes'", "a number"),
+    ("learning_rate: true", "learning_rate is True", "a number"),
+    ("seed: 1:30", "seed is '1:30'", "a whole number"),
     ("train_text_encoder: 3", "train_text_encoder is 3", "true or false"),
     ("instance_prompt: [a, b]", "instance_prompt is ['a', 'b']", "text"),
     ("instance_prompt: true", "instance_prompt is True", "text"),
@@ -352,15 +392,27 @@ def test_a_bad_choice_lists_the_choices(flags: list[str], said: str, capsys: pyt
         (["--resolution", "4"], "a multiple of 8, e.g. 8"),
         (["--max_train_steps", "0"], "max_train_steps is 0; it must be at least 1"),
         (["--learning_rate", "-1"], "learning_rate is -1.0; it must be at least 0"),
-        (["--learning_rate", "1e38"], "learning_rate is 1e+38; it must be at least 0 and at most 1e+06"),
         (["--text_encoder_lr", "-1"], "text_encoder_lr is -1.0; it must be at least 0"),
         (["--adam_beta1", "1.5"], "adam_beta1 is 1.5; it must be at least 0 and below 1"),
         (["--adam_beta2", "1"], "adam_beta2 is 1.0; it must be at least 0 and below 1"),
-        (["--adam_epsilon", "-1"], "adam_epsilon is -1.0; it must be at least 0"),
         (["--instance_prompt", "a caf\udcc3\udca9"], "the terminal's encoding, cannot tell; set LANG=C.UTF-8"),
         (["--checkpoints_total_limit", "0"], "checkpoints_total_limit is 0; it must be at least 1"),
         (["--ema_decay", "1"], "ema_decay is 1.0; it must be at least 0 and below 1"),
         (["--snr_gamma", "0"], "snr_gamma is 0.0; it must be positive"),
+        (["--lambda_warmup_steps", "-5"], "lambda_warmup_steps is -5; it must be at least 0"),
+        (["--adam_beta1", "1.5"], "adam_beta1 is 1.5; it must be at least 0 and below 1"),
+        (["--adam_epsilon", "-1"], "adam_epsilon is -1.0; it must be positive and at most 1"),
+        (["--learning_rate", "1e38"], "learning_rate is 1e+38; it must be at least 0 and at most 10"),
+        (["--relative_lambda", "15"], "relative_lambda is 15.0; it must be positive and at most 10"),
+        (["--rank_pattern", "{to_q: 0}"], "rank_pattern[to_q] is 0; it must be at least 1"),
+        (["--text_encoder_rank", "4"], "text_encoder_rank does nothing without train_text_encoder; add it"),
+        (["--ema_decay", "0.9"], "ema_decay does nothing without use_ema; add it, or leave this out"),
+        (["--num_crops", "2"], "num_crops 2 does nothing with center_crop True; give center_crop False"),
+        (["--logit_std", "2", "--timestep_sampling", "mode"], "logit_std 2.0 does nothing with timestep_sampl"),
+        (["--base_preservation_weight", "2"], "does nothing without with_base_preservation"),
+        (["--validation_negative_prompt", "blur"], "does nothing without validation_prompt"),
+        (["--delora_lambda", "9", "--relative_lambda", "0.1"], "relative_lambda 0.1 does nothing with delora_lam"),
+        (["--strength_sheet", "1", "1", "--validation_prompt", "x"], "strength_sheet has 1.0 twice; give it once"),
         (["--validation_steps", "0"], "validation_steps is 0; it must be at least 1"),
         (["--with_prior_preservation"], "needs class_data_dir"),
         (["--class_prompt", "a dog"], "does nothing without with_prior_preservation or with_base_preservation"),
@@ -375,6 +427,92 @@ def test_values_and_combinations_that_cannot_be_meant_are_refused(
     flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert said in refusal(capsys, *flags)
+
+
+#: Numbers that may be anything; resolution has a check of its own.
+FREE = {"logit_mean", "strengths", "weights", "resolution"}
+NUMBERS = [
+    pytest.param(group, field, id=f"{group.__name__}.{field.name}")
+    for group in EVERY_GROUP
+    for field in dataclasses.fields(group)
+    if re.search(r"\b(int|float)\b", str(field.type)) and field.name not in FREE
+]
+
+
+@pytest.mark.parametrize("group, field", NUMBERS)
+def test_every_number_has_a_range_and_is_refused_outside_of_it(group: type, field: dataclasses.Field[Any]) -> None:
+    bounds = re.fullmatch(r"([\[(])(.+), (.+)([\])])", field.metadata["within"])
+    assert bounds
+    opening, low, high, closing = bounds.groups()
+    step = 1 if re.search(r"\bint\b", str(field.type)) else 1e-9
+    for edge, outwards, included in ((low, -step, opening == "["), (high, step, closing == "]")):
+        if edge == "inf":
+            continue
+        at = float(edge) if "." in edge else int(edge)
+        wrong = at + outwards if included else at
+        value = {"key": wrong} if "dict" in str(field.type) else [wrong] if "list" in str(field.type) else wrong
+        with pytest.raises(OptionError, match=rf"{field.name}(\[key\])? is .*; it must be"):
+            group(**companions(group, field.name) | {field.name: value})
+
+
+def options_with_changes(changes: dict[type, dict[str, Any]]) -> Options:
+    groups = [build(group, REQUIRED.get(group, {}) | changes.get(group, {})) for group in TRAINING]
+    return Options(**dict(zip(("model", "adapter", "data", "training", "validation"), groups, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({TrainingConfig: {"text_encoder_lr": 1e-3}}, "text_encoder_lr does nothing without train_text_encoder"),
+        ({TrainingConfig: {"learning_rate": 0.0}}, "are 0, so nothing is trained"),
+        ({TrainingConfig: {"learning_rate": 0.0, "lambda_learning_rate": 1e-3}}, None),
+    ],
+)  # fmt: skip
+def test_options_of_different_groups_must_fit(changes: dict[type, dict[str, Any]], said: str | None) -> None:
+    with pytest.raises(OptionError, match=said) if said else contextlib.nullcontext():
+        options_with_changes(changes)
+
+
+@pytest.mark.parametrize(
+    "group, name, value, beside",
+    [
+        (TrainingConfig, "lr_warmup_steps", 100, "lr_scheduler"),
+        (TrainingConfig, "mode_scale", 1.0, "timestep_sampling"),
+        (TrainingConfig, "hub_model_id", "you/dog", "push_to_hub"),
+        (TrainingConfig, "logging_dir", "logs", "report_to"),
+        (DataConfig, "num_class_images", 200, "with_prior_preservation"),
+        (ValidationConfig, "num_validation_images", 2, "validation_prompt"),
+    ],
+)
+def test_what_commands_of_diffusers_give_without_effect_is_told(
+    group: type, name: str, value: Any, beside: str
+) -> None:
+    (told,) = options_with_changes({group: {name: value}}).doubts()
+    assert told.startswith(name) and "does nothing with" in told and beside in told
+    assert options_with_changes({}).doubts() == []
+
+
+@pytest.mark.parametrize("group, name", [(AdapterConfig, "lambda_warmup_steps"), (TrainingConfig, "lr_warmup_steps")])
+def test_a_warm_up_longer_than_the_run_is_told(group: type, name: str) -> None:
+    schedule = {"lr_scheduler": "cosine"} if group is TrainingConfig else {}
+    (told,) = options_with_changes({group: {name: 501} | schedule}).doubts()
+    assert told == f"{name} is 501, and the run ends at max_train_steps 500, before what it leads up to"
+    assert options_with_changes({group: {name: 500} | schedule}).doubts() == []
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"seeds": [3, 4, 3]}, "seeds has 3 twice"),
+        ({"strengths": [1.0, 1.0]}, "strengths has 1.0 twice"),
+        ({"seeds": [2**64]}, "seeds is 18446744073709551616; it must be at least 0 and below"),
+        ({"height": 0}, "height is 0; it must be at least 8"),
+        ({"device": "the fast one"}, "device is 'the fast one'; give cuda"),
+    ],
+)
+def test_drawing_options_that_cannot_be_meant_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        DrawingConfig(**changes)
 
 
 @pytest.mark.parametrize("missing", ["pretrained_model_name_or_path", "instance_data_dir"])
@@ -420,6 +558,10 @@ def test_an_unknown_flag_suggests_the_nearest(flags: list[str], said: str, capsy
         ("just text", "holds a str; it must be"),
         ("rank: [4", "is not valid YAML"),
         ("rank: 4\n\tlearning_rate: 1", "is not valid YAML"),
+        ("rank: 4\nseed: 1\nrank: 8", "'rank' is given twice"),
+        ("rank_pattern: {a: 4, a: 8}", "'a' is given twice"),
+        ("[" * 5000, "is not valid YAML: it is nested too deep"),
+        ("seed: !!int x", "is not valid YAML"),
     ],
 )
 def test_a_bad_yaml_file_is_named_with_what_is_wrong(
@@ -434,6 +576,66 @@ def test_a_missing_yaml_file_and_a_folder_are_named(tmp_path: Path, capsys: pyte
     missing = tmp_path / "missing.yaml"
     assert f"cannot read --config {missing}: No such file" in refusal(capsys, "--config", str(missing))
     assert f"cannot read --config {tmp_path}: " in refusal(capsys, "--config", str(tmp_path))
+
+
+def test_a_yaml_file_that_is_not_utf8_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latin.yaml").write_bytes("instance_prompt: süß".encode("latin-1"))
+    message = refusal(capsys, "--config", str(tmp_path / "latin.yaml"))
+    assert f"cannot read --config {tmp_path / 'latin.yaml'}: " in message and "save it as UTF-8" in message
+
+
+def test_none_on_the_command_line_is_nothing_where_nothing_is_possible() -> None:
+    assert train("--cache_dir", "None", "--snr_gamma", "None") == train()
+    assert train("--instance_prompt", "None of them")["instance_prompt"] == "None of them"
+
+
+# ---- paths ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["output_dir", "cache_dir", "instance_data_dir", "pretrained_model_name_or_path"])
+@pytest.mark.parametrize(
+    "given, path", [("~/runs", "/home/me/runs"), ("$DOGS/a", "/data/dogs/a"), ("${DOGS}2/~", "/data/dogs2/~")]
+)
+def test_a_path_may_have_the_home_folder_and_variables(
+    name: str, given: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DOGS", "/data/dogs")
+    assert train(f"--{name}={given}")[name] == path
+    assert read_yaml(written(tmp_path, f"{name}: {given}"), *TRAINING) == {name: path}
+
+
+def test_lists_of_paths_and_config_files_are_filled_in_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path, "adapter: [~/a, you/dog]\nprompts: [$5 note]\n")
+    values = read("--config", "~/options.yaml", groups=SAMPLING)
+    assert values["adapter"] == [str(tmp_path / "a"), "you/dog"] and values["prompts"] == ["$5 note"]
+
+
+def test_a_path_with_a_variable_or_user_that_is_not_there_is_refused_unless_it_exists_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "output_dir is '$NOT_SET/a', and there is no environment variable NOT_SET" in refusal(
+        capsys, "--output_dir", "$NOT_SET/a"
+    )
+    assert "there is no user nobody_of_this_name" in refusal(capsys, "--output_dir", "~nobody_of_this_name/a")
+    (tmp_path / "cash$money").mkdir()
+    assert train("--output_dir", str(tmp_path / "cash$money"))["output_dir"] == str(tmp_path / "cash$money")
+
+
+#: Options whose help speaks of files or folders, and which name none.
+NO_PATHS = {
+    "validation_prompt", "validation_world_prompt", "variant", "component", "format", "lora_dtype", "overwrite",
+    "overwrite_output_dir", "dtype", "subjects", "repo", "masks", "concepts",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("group", EVERY_GROUP, ids=lambda group: group.__name__)
+def test_every_option_that_names_a_file_or_folder_is_a_path(group: type) -> None:
+    fields = dataclasses.fields(group)
+    speaking = {f.name for f in fields if re.search(r"\b(file|folder|script|PNG|sheet of)s?\b", f.metadata["help"])}
+    paths = {field.name for field in fields if field.metadata["path"]}
+    assert speaking - NO_PATHS <= paths <= speaking | {"adapter", "cache_dir"}
 
 
 def test_read_yaml_raises_what_the_trainer_reports(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ PACKAGE = Path(delora_diffusion.__file__).parent
 #: Wings, and files beside them, from the ground up. One imports only from rows above its own; inside a wing, files
 #: import each other without a circle.
 FLOORS = (
-    ("errors", "locks"),
+    ("errors", "interval", "locks", "yaml_text"),
     ("atomic", "console", "options", "peft_bridge", "run_folder", "same_module", "seeds"),
+    ("option_checks",),
     ("method", "families"),
     ("base", "adapters"),
     ("pipeline", "data"),

@@ -28,13 +28,16 @@ class ModelConfig:
     """The base model."""
 
     pretrained_model_name_or_path: str = option(
-        "", "folder or Hub id of the base pipeline, in diffusers' layout, or one .safetensors file", resume="free"
+        "",
+        "folder or Hub id of the base pipeline, in diffusers' layout, or one .safetensors file",
+        path=True,
+        resume="free",
     )
-    single_file_config: str | None = option(None, SINGLE_FILE_CONFIG, resume="free")
+    single_file_config: str | None = option(None, SINGLE_FILE_CONFIG, path=True, resume="free")
     revision: str | None = option(None, "revision of the base on the Hub", resume="free")
     variant: str | None = option(None, "variant of the base's weight files, e.g. fp16", resume="free")
     pretrained_vae_model_name_or_path: str | None = option(
-        None, "folder or Hub id of a VAE in place of the base's own", resume="free"
+        None, "folder or Hub id of a VAE in place of the base's own", path=True, resume="free"
     )
     base_dtype: str = option(
         "auto", "precision of the frozen weights; auto follows mixed_precision, fp32 without it", choices=DTYPES

@@ -156,6 +156,11 @@ def objective_of(scheduler: Any, sampling: TimestepSampling | None = None) -> Ob
         )
     if prediction not in PREDICTIONS:
         raise ObjectiveError(f"{name} predicts {prediction!r}; can train {', '.join(PREDICTIONS)} and flow_prediction")
+    if sampling.kind is None and (sampling.logit_mean, sampling.logit_std) != (0.0, 1.0):
+        raise ObjectiveError(
+            f"logit_mean and logit_std do nothing with {name}: without flow matching noise levels are uniform; give "
+            f"timestep_sampling logit_normal, or leave them out"
+        )
     if sampling.shift is not None:
         raise ObjectiveError(f"timestep_shift is for flow matching, and {name} is not; leave it out")
     alphas_cumprod = scheduler.alphas_cumprod.detach().to("cpu", torch.float32).clone()

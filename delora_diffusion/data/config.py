@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ..options import OptionError, at_least, build, option
+from ..option_checks import check_ranges, refuse_unused
+from ..options import OptionError, build, option
 from .buckets import bucket_sizes
 
 #: Ways of resizing that Pillow has.
@@ -21,70 +22,72 @@ class Concept:
     """Photos that are taught alike: one subject of several, or images of a class."""
 
     name: str = option("", "how it is called in messages, and as [name] in prompts")
-    folder: str = option("", "folder with its photos")
+    folder: str = option("", "folder with its photos", path=True)
     prompt: str | None = option(None, "caption of photos that have none beside them; unset: its trigger")
     trigger: str | None = option(None, "its rare word, which [trigger] stands for in captions and prompts")
     class_prompt: str | None = option(None, "what the base is to be kept for")
     role: str = option("subject", "what its photos are", choices=("subject", "class"))
-    repeats: int = option(1, "how often each photo comes in a pass")
-    weight: float = option(1.0, "weight of its photos in the loss")
+    repeats: int = option(1, "how often each photo comes in a pass", within="[1, inf)")
+    weight: float = option(1.0, "weight of its photos in the loss", within="(0, inf)")
     masks: str | None = option(None, "as the option of that name", choices=MASKS)
 
     def __post_init__(self) -> None:
         if not self.folder:
             raise OptionError("folder is missing; give the one with its photos")
-        if self.repeats < 1:
-            raise OptionError(f"repeats is {self.repeats}; it must be at least 1 (or leave the photos out)")
-        if self.weight <= 0:
-            raise OptionError(f"weight is {self.weight:g}; it must be positive")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The photos."""
 
-    instance_data_dir: str = option("", "folder with the photos of the subject", resume="free")
+    instance_data_dir: str = option("", "folder with the photos of the subject", path=True, resume="free")
     instance_prompt: str | None = option(
         None, 'caption of photos that have none beside them (PHOTO.txt, metadata.jsonl), e.g. "a photo of sks dog"'
     )
-    repeats: int = option(1, "how often each photo comes in a pass")
+    repeats: int = option(1, "how often each photo comes in a pass", within="[1, inf)")
     concepts: dict[str, dict[str, str]] = option(
         {},
         "several subjects in place of instance_data_dir, {name: {folder, prompt or trigger, class_prompt, role, "
         "repeats, weight, masks}}; best in the YAML file",
     )
     dataset_name: str | None = option(
-        None, "data set in place of instance_data_dir: Hub id, folder or file that datasets reads", resume="free"
+        None,
+        "data set in place of instance_data_dir: Hub id, folder or file that datasets reads",
+        path=True,
+        resume="free",
     )
     dataset_config_name: str | None = option(None, "which of a data set's configurations")
     dataset_split: str = option("train", "which of its parts")
     image_column: str | None = option(None, "its column of photos; unset: image, or the only one that holds images")
     caption_column: str | None = option(None, "its column of captions; unset: instance_prompt is the caption of all")
     shuffle_caption: bool = option(False, "shuffle what stands between commas in a caption")
-    keep_tokens: int = option(0, "with shuffle_caption: so many stay in front")
-    num_caption_orders: int = option(8, "with shuffle_caption: orders of each caption that training chooses from")
-    caption_dropout: float = option(0.0, "share of places that are trained without a caption")
+    keep_tokens: int = option(0, "with shuffle_caption: so many stay in front", within="[0, inf)")
+    num_caption_orders: int = option(
+        8, "with shuffle_caption: orders of each caption that training chooses from", within="[1, inf)"
+    )
+    caption_dropout: float = option(0.0, "share of places that are trained without a caption", within="[0, 1)")
     masks: str = option(
         "files",
         "what of a photo counts in the loss: white in PHOTO_mask.png where there is one (files), what is not "
         "transparent (alpha), everything (none)",
         choices=MASKS,
     )
-    unmasked_weight: float = option(0.0, "weight in the loss of what a mask leaves out")
+    unmasked_weight: float = option(0.0, "weight in the loss of what a mask leaves out", within="[0, 1]")
     with_prior_preservation: bool = option(False, "also train on images of the class, so that it keeps its looks")
     class_data_dir: str | None = option(
-        None, "folder with those; missing ones are generated there by the base model", resume="free"
+        None, "folder with those; missing ones are generated there by the base model", path=True, resume="free"
     )
     class_prompt: str | None = option(
         None, 'caption of class images, and what the base is to be kept for, e.g. "a photo of a dog"'
     )
-    num_class_images: int = option(100, "how many of them")
-    sample_batch_size: int = option(4, "class images drawn at once", resume="free")
-    prior_loss_weight: float = option(1.0, "weight of a class image in the loss")
+    num_class_images: int = option(100, "how many of them", within="[1, inf)")
+    sample_batch_size: int = option(4, "class images drawn at once", within="[1, inf)", resume="free")
+    prior_loss_weight: float = option(1.0, "weight of a class image in the loss", within="[0, inf)")
     with_base_preservation: bool = option(
         False, "keep the base's own predictions for class_prompt; needs no images, doubles the time of a step"
     )
-    base_preservation_weight: float = option(1.0, "weight of such a prediction in the loss")
+    base_preservation_weight: float = option(1.0, "weight of such a prediction in the loss", within="[0, inf)")
     resolution: int = option(
         512, "side of the training pictures in pixels; photos are resized to cover it and cropped"
     )
@@ -94,14 +97,15 @@ class DataConfig:
         "unset: squares",
     )
     center_crop: bool = option(True, "crop the middle; --no-center_crop cuts `num_crops` places at random instead")
-    num_crops: int = option(4, "crops of each photo with --no-center_crop")
+    num_crops: int = option(4, "crops of each photo with --no-center_crop", within="[1, inf)")
     image_interpolation_mode: str = option("lanczos", "how photos are resized", choices=RESAMPLINGS)
     random_flip: bool = option(False, "mirror photos at random (not for text, logos or asymmetric subjects)")
     cache_dir: str | None = option(
-        None, "keep encoded photos and captions here between runs; unset: in memory", resume="free"
+        None, "keep encoded photos and captions here between runs; unset: in memory", path=True, resume="free"
     )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         self._check_sources()
         class_prompts = [concept.class_prompt for concept in self.subjects if concept.class_prompt]
         if self.with_prior_preservation and not (self.class_data_dir and class_prompts):
@@ -111,14 +115,14 @@ class DataConfig:
             )
         if self.with_base_preservation and not class_prompts:
             raise OptionError('with_base_preservation needs class_prompt, e.g. "a photo of a dog"')
-        if not self.with_prior_preservation and self.class_data_dir:
-            raise OptionError("class_data_dir does nothing without with_prior_preservation; add it, or drop this")
         if not (self.with_prior_preservation or self.with_base_preservation) and class_prompts:
             raise OptionError(
                 "class_prompt does nothing without with_prior_preservation or with_base_preservation; add one of them"
             )
-        at_least(self, 1, "num_class_images", "num_crops", "sample_batch_size", "num_caption_orders")
-        at_least(self, 0, "prior_loss_weight", "base_preservation_weight", "keep_tokens")
+        refuse_unused(self, "with_prior_preservation", "class_data_dir")
+        refuse_unused(self, "with_base_preservation", "base_preservation_weight")
+        refuse_unused(self, "center_crop", "num_crops", at=False)
+        refuse_unused(self, "shuffle_caption", "keep_tokens", "num_caption_orders")
         if self.resolution < 8 or self.resolution % 8:
             near = max(8, round(self.resolution / 8) * 8)
             raise OptionError(f"resolution is {self.resolution}; it must be a multiple of 8, e.g. {near}")
@@ -173,13 +177,6 @@ class DataConfig:
             if self.repeats != 1:
                 raise OptionError("repeats does nothing beside concepts; each has its own")
             self._check_concepts()
-        at_least(self, 1, "repeats")
-        if not 0 <= self.caption_dropout < 1:
-            raise OptionError(f"caption_dropout is {self.caption_dropout:g}; it must be at least 0 and below 1")
-        if not 0 <= self.unmasked_weight <= 1:
-            raise OptionError(f"unmasked_weight is {self.unmasked_weight:g}; it must be 0 to 1")
-        if self.keep_tokens and not self.shuffle_caption:
-            raise OptionError("keep_tokens does nothing without shuffle_caption; add it, or drop this")
 
     def _check_concepts(self) -> None:
         concepts = self.subjects

@@ -5,22 +5,40 @@ DreamBench: github.com/google/dreambooth, dataset/prompts_and_classes.txt (CC BY
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..options import expanded
 from .image_files import DataError
+
+log = logging.getLogger(__name__)
 
 
 def read_prompts(prompts: Sequence[str], file: str | None = None, *, option: str) -> list[str]:
     """The prompts, then those of `file`, each once; a prompt that ends in .txt is a file that stands for its lines.
 
+    One with spaces is a prompt nevertheless ("a sign that says readme.txt") where there is no such file.
+
     Raises:
         DataError: a file that cannot be read or holds no prompt; the message names `option`.
+        OptionError: a path with a variable or user that there is not.
     """
-    named = [*prompts, *([file] if file else [])]
-    lists = [prompt_lines(Path(p), option=option) if p == file or p.endswith(".txt") else [p] for p in named]
+    lists = [_meant(prompt, option) for prompt in prompts]
+    lists += [prompt_lines(Path(file), option=option)] if file else []
     return list(dict.fromkeys(prompt for some in lists for prompt in some))
+
+
+def _meant(prompt: str, option: str) -> list[str]:
+    if not prompt.endswith(".txt"):
+        return [prompt]
+    path = expanded(prompt, option) if prompt[0] in "~$" else prompt
+    if " " in prompt and not os.path.isfile(path):
+        log.info("%s: %r is taken for a prompt, since there is no such file", option, prompt)
+        return [prompt]
+    return prompt_lines(Path(path), option=option)
 
 
 def prompt_lines(path: Path, *, option: str) -> list[str]:
@@ -30,7 +48,7 @@ def prompt_lines(path: Path, *, option: str) -> list[str]:
         DataError: the file cannot be read, or holds no prompt; the message names `option`.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would split inside of prompts
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {option} {path}: {error}") from error
     found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

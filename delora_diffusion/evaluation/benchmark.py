@@ -29,6 +29,7 @@ from ..reports.table import Row, markdown, mean_row, protocol_lines, read_report
 from ..run_folder import RunFolder
 from ..sampling.config import DrawingConfig
 from ..sampling.sample import processes
+from ..yaml_text import from_yaml, to_yaml_text
 from .choose import FIDELITY
 from .config import BenchmarkConfig, MeasuringConfig, Subject
 from .evaluate import check_prompts, drawing_protocol, drawn_pictures, scorer_of, unrelated_prompts
@@ -131,7 +132,7 @@ def plan_tasks(config: BenchmarkConfig, token: str) -> list[Task]:
                     "class_prompt": config.instance_prompt.format(subject.class_word),
                     "class_data_dir": str(Path(config.output_dir) / "class" / subject.class_word),
                 }
-            training = yaml.safe_dump(shared | options, sort_keys=False, allow_unicode=True)
+            training = to_yaml_text(shared | options)
         tasks.append(
             Task(name=name, subject=subject, prompts=_prompts(name, subject, called), training=training, folder=folder)
         )
@@ -189,7 +190,7 @@ def _training_options(config: BenchmarkConfig) -> dict[str, Any]:
     if not Path(config.train_script).is_file():
         raise OptionError(f"train_script {config.train_script} is not there; give the path of the training script")
     try:
-        options = yaml.safe_load(Path(config.train_config).read_text(encoding="utf-8")) or {}
+        options = from_yaml(Path(config.train_config).read_text(encoding="utf-8-sig")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(f"cannot read train_config {config.train_config}: {error}") from error
     if not isinstance(options, dict):
@@ -282,7 +283,7 @@ def _protocol(tasks: Sequence[Task], config: BenchmarkConfig) -> dict[str, Any]:
     protocol = {key: value for key, value in first.items() if key not in of_each}
     protocol["mean"] = "over subjects, each counted once; interval 1.96 s / sqrt(n) over subjects"
     if config.train_config:
-        protocol["training"] = yaml.safe_load(Path(config.train_config).read_text(encoding="utf-8"))
+        protocol["training"] = _training_options(config)
     protocol["subjects"] = {
         name: {key: settings[key] for key in of_each if key in settings} | {"adapter": task.adapter}
         for task, (name, settings) in zip(tasks, each.items(), strict=True)

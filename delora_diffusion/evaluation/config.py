@@ -15,12 +15,14 @@ class MeasuringConfig:
     """How images are judged."""
 
     dino: str | None = option(
-        None, "folder or Hub id of a DINO, DINOv2, DINOv3 or ViT: likeness to the photos, drift, diversity"
+        None, "folder or Hub id of a DINO, DINOv2, DINOv3 or ViT: likeness to the photos, drift, diversity", path=True
     )
-    clip: str | None = option(None, "folder or Hub id of a CLIP: prompt following, and likeness as CLIP-I")
+    clip: str | None = option(None, "folder or Hub id of a CLIP: prompt following, and likeness as CLIP-I", path=True)
     trigger_token: str = option("sks", "the subject's rare word; prompts without it are unrelated ones, for drift")
     unrelated_prompts_file: str | None = option(
-        None, "file with a prompt a line that has nothing to do with the subject, for drift; unset: a list of ours"
+        None,
+        "file with a prompt a line that has nothing to do with the subject, for drift; unset: a list of ours",
+        path=True,
     )
     lpips: bool = option(False, "also measure diversity by LPIPS (needs the extra lpips)")
 
@@ -38,16 +40,19 @@ class EvaluationConfig:
     images: list[str] = option(
         [],
         "folders of images to judge; prompts and seeds come from their manifest.jsonl, if `delora sample` drew them",
+        path=True,
     )
-    adapter: list[str] = option([], "adapters to draw with and judge: files, folders or Hub ids")
+    adapter: list[str] = option([], "adapters to draw with and judge: files, folders or Hub ids", path=True)
     pretrained_model_name_or_path: str | None = option(
-        None, "folder or Hub id of the base pipeline; unset: the one the adapter was trained on"
+        None, "folder or Hub id of the base pipeline; unset: the one the adapter was trained on", path=True
     )
-    real: str = option("", "folder with the photos the subject was taught from")
-    holdout: str | None = option(None, "folder with photos of the subject that training never saw")
+    real: str = option("", "folder with the photos the subject was taught from", path=True)
+    holdout: str | None = option(None, "folder with photos of the subject that training never saw", path=True)
     prompts: list[str] = option([], "prompts to draw, with the rare word")
-    prompts_file: str | None = option(None, "file with a prompt a line")
-    output_dir: str = option("delora-evaluation", "folder for the table (JSON, CSV, Markdown) and the images drawn")
+    prompts_file: str | None = option(None, "file with a prompt a line", path=True)
+    output_dir: str = option(
+        "delora-evaluation", "folder for the table (JSON, CSV, Markdown) and the images drawn", path=True
+    )
 
     def __post_init__(self) -> None:
         if not self.images and not self.adapter:
@@ -65,13 +70,13 @@ class Subject:
     """One subject of a benchmark."""
 
     class_word: str = option("", "what it is, e.g. dog")
-    photos: str = option("", "folder with the photos to teach it from")
-    holdout: str | None = option(None, "folder with photos that training never sees")
+    photos: str = option("", "folder with the photos to teach it from", path=True)
+    holdout: str | None = option(None, "folder with photos that training never sees", path=True)
     kind: str = option(
         "object", "its prompts: a list of DreamBench's, or the captions of the held-out photos", choices=KINDS
     )
-    prompts_file: str | None = option(None, "file with its own prompts instead, with the rare word")
-    adapter: str | None = option(None, "an adapter that was trained already; unset: it is trained here")
+    prompts_file: str | None = option(None, "file with its own prompts instead, with the rare word", path=True)
+    adapter: str | None = option(None, "an adapter that was trained already; unset: it is trained here", path=True)
 
     def __post_init__(self) -> None:
         for name in ("class_word", "photos"):
@@ -87,15 +92,17 @@ class BenchmarkConfig:
         {}, "the subjects, {name: {class_word, photos, holdout, kind or prompts_file, adapter}}; best in the YAML file"
     )
     only: list[str] = option([], "names of the subjects to run; none: all")
-    output_dir: str = option("delora-benchmark", "folder for adapters, images, table (JSON, CSV, Markdown) and plot")
+    output_dir: str = option(
+        "delora-benchmark", "folder for adapters, images, table (JSON, CSV, Markdown) and plot", path=True
+    )
     pretrained_model_name_or_path: str | None = option(
-        None, "folder or Hub id of the base pipeline; unset: the one that train_config or the adapters name"
+        None, "folder or Hub id of the base pipeline; unset: the one that train_config or the adapters name", path=True
     )
     train_script: str = option(
-        "train_scripts/train_dreambooth_delora.py", "script that trains a subject without an adapter"
+        "train_scripts/train_dreambooth_delora.py", "script that trains a subject without an adapter", path=True
     )
     train_config: str | None = option(
-        None, "YAML file of its options; photos, prompts and folders are filled in for each subject"
+        None, "YAML file of its options; photos, prompts and folders are filled in for each subject", path=True
     )
     instance_prompt: str = option("a {}", "caption of photos that have none, {} is the rare word and the class word")
     plot: bool = option(True, "draw likeness against drift over the strengths (needs the extra plots)")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..base.config import DTYPES, SINGLE_FILE_CONFIG
-from ..options import OptionError, at_least, option
+from ..option_checks import check_ranges
+from ..options import OptionError, option
 from .lora_names import ARCHITECTURES, FORMATS
 
 
@@ -26,7 +27,7 @@ def _strengths(weights: list[float], adapters: list[str]) -> list[float]:
 class LoraConfig:
     """Which adapters a LoRA file is, or is to be, made of."""
 
-    adapter: list[str] = option([], "adapters: files, folders or Hub ids; several are added up")
+    adapter: list[str] = option([], "adapters: files, folders or Hub ids; several are added up", path=True)
     weights: list[float] = option([1.0], "their strengths: one for all, or one for each")
     component: str | None = option(
         None, "what a PEFT folder is for: unet, transformer, text_encoder or text_encoder_2"
@@ -55,8 +56,10 @@ class ExportConfig:
         "names in the file; comfyui: kohya's for a UNet; peft: a folder for PEFT",
         choices=(*FORMATS, "peft"),
     )
-    output: str | None = option(None, "file to write; unset: beside the adapter, named after folder and format")
-    rank: int | None = option(None, "compress to this rank and say what is lost; unset: exact")
+    output: str | None = option(
+        None, "file to write; unset: beside the adapter, named after folder and format", path=True
+    )
+    rank: int | None = option(None, "compress to this rank and say what is lost; unset: exact", within="[1, inf)")
     lora_dtype: str = option("fp32", "precision of the file", choices=("fp32", "fp16"))
     trigger: str | None = option(None, "trigger words for the header; unset: the prompt it was trained with")
     metadata: bool = option(True, "write the header that user interfaces read")
@@ -64,8 +67,7 @@ class ExportConfig:
     overwrite: bool = option(False, "replace the file if it exists")
 
     def __post_init__(self) -> None:
-        if self.rank is not None:
-            at_least(self, 1, "rank")
+        check_ranges(self)
         plain = {"rank": None, "lora_dtype": "fp32", "trigger": None, "metadata": True, "allow_partial": False}
         given = [name for name, default in plain.items() if getattr(self, name) != default]
         if self.format == "peft" and given:
@@ -78,28 +80,30 @@ class ExportConfig:
 class VerifyConfig:
     """The LoRA file, or PEFT folder, to check."""
 
-    file: str = option("", "LoRA file, or folder with pytorch_lora_weights.safetensors or of PEFT")
-    tolerance: float = option(1e-3, "largest relative error of a layer's update that counts as the same")
+    file: str = option("", "LoRA file, or folder with pytorch_lora_weights.safetensors or of PEFT", path=True)
+    tolerance: float = option(
+        1e-3, "largest relative error of a layer's update that counts as the same", within="[0, 1]"
+    )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if not self.file:
             raise OptionError("file is missing; give the LoRA to check")
-        at_least(self, 0, "tolerance")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergingConfig:
     """Merging adapters into a copy of the base."""
 
-    adapter: list[str] = option([], "adapters to merge: files, folders or Hub ids")
+    adapter: list[str] = option([], "adapters to merge: files, folders or Hub ids", path=True)
     weights: list[float] = option([], "strength of each: 1 as trained; none: 1 for all")
     base: str | None = option(
-        None, "folder or Hub id of the base pipeline; unset: the one the adapters were trained on"
+        None, "folder or Hub id of the base pipeline; unset: the one the adapters were trained on", path=True
     )
-    single_file_config: str | None = option(None, SINGLE_FILE_CONFIG)
+    single_file_config: str | None = option(None, SINGLE_FILE_CONFIG, path=True)
     revision: str | None = option(None, "revision of the base on the Hub")
     variant: str | None = option(None, "variant of the base's weight files, e.g. fp16")
-    output: str = option("", "folder for the merged pipeline; it must not exist yet, or be empty")
+    output: str = option("", "folder for the merged pipeline; it must not exist yet, or be empty", path=True)
     dtype: str = option("auto", "precision of the merged pipeline; auto: that of the base's files", choices=DTYPES)
     dequantize: bool = option(
         False, "let a quantised component be dequantised for good, so that it can be merged into"
@@ -123,9 +127,11 @@ class MergingConfig:
 class InspectionConfig:
     """Inspecting adapters."""
 
-    adapter: list[str] = option([], "adapters to show, several side by side: files, folders or Hub ids")
-    json: str | None = option(None, "also write every figure to this file")
-    plot: str | None = option(None, "also draw |dW|/|W| by block and kind into this PNG (needs the extra: plots)")
+    adapter: list[str] = option([], "adapters to show, several side by side: files, folders or Hub ids", path=True)
+    json: str | None = option(None, "also write every figure to this file", path=True)
+    plot: str | None = option(
+        None, "also draw |dW|/|W| by block and kind into this PNG (needs the extra: plots)", path=True
+    )
 
     def __post_init__(self) -> None:
         if not self.adapter:
@@ -136,10 +142,10 @@ class InspectionConfig:
 class PushConfig:
     """Uploading an adapter to the Hub."""
 
-    folder: str = option("", "folder of the adapter, e.g. what training wrote")
+    folder: str = option("", "folder of the adapter, e.g. what training wrote", path=True)
     repo: str | None = option(None, "name of the repository, e.g. you/my_dog; unset: the folder's name")
     private: bool = option(False, "make a new repository private")
-    contact_sheet: str | None = option(None, "contact sheet of delora sample to show on the model card")
+    contact_sheet: str | None = option(None, "contact sheet of delora sample to show on the model card", path=True)
 
     def __post_init__(self) -> None:
         if not self.folder:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ..base.config import BASE_QUANTIZATION, DTYPES, QUANTIZATIONS, SINGLE_FILE_CONFIG, TEXT_ENCODER_QUANTIZATION
 from ..base.speed import COMPILE
-from ..options import OptionError, at_least, option
+from ..option_checks import check_ranges, refuse_repeats
+from ..options import OptionError, option
 
 #: Short names of samplers, as A1111 and ComfyUI users know them, and diffusers' classes.
 SCHEDULERS = {
@@ -25,18 +27,22 @@ SCHEDULERS = {
 class DrawingConfig:
     """How images are drawn."""
 
-    single_file_config: str | None = option(None, SINGLE_FILE_CONFIG)
+    single_file_config: str | None = option(None, SINGLE_FILE_CONFIG, path=True)
     seeds: list[int] = option(
-        [0], "seeds; a seed gives the same image in any batch to 1/255, to the bit with batch_size 1"
+        [0],
+        "seeds; a seed gives the same image in any batch to 1/255, to the bit with batch_size 1",
+        within="[0, 18446744073709551616)",
     )
     strengths: list[float] = option([1.0], "adapter strengths: 0 is the base, 1 as trained")
     negative_prompt: str | None = option(None, "negative prompt of all images")
     scheduler: str | None = option(None, "sampler; unset: the base's own", choices=tuple(SCHEDULERS))
-    num_inference_steps: int | None = option(None, "sampling steps; unset: usual for the base")
-    guidance_scale: float | None = option(None, "classifier-free guidance; unset: usual for the base")
-    height: int | None = option(None, "height in pixels; unset: the base's own size")
-    width: int | None = option(None, "width in pixels; unset: the base's own size")
-    batch_size: int = option(4, "images drawn at once")
+    num_inference_steps: int | None = option(None, "sampling steps; unset: usual for the base", within="[1, 1000]")
+    guidance_scale: float | None = option(
+        None, "classifier-free guidance; unset: usual for the base", within="[0, inf)"
+    )
+    height: int | None = option(None, "height in pixels; unset: the base's own size", within="[8, 16384]")
+    width: int | None = option(None, "width in pixels; unset: the base's own size", within="[8, 16384]")
+    batch_size: int = option(4, "images drawn at once", within="[1, inf)")
     dtype: str = option(
         "auto", "precision; auto: the family's half precision on a GPU, fp32 on the CPU", choices=DTYPES
     )
@@ -51,25 +57,28 @@ class DrawingConfig:
     def __post_init__(self) -> None:
         if not self.seeds or not self.strengths:
             raise OptionError("seeds and strengths need at least one value each")
-        at_least(self, 1, "num_inference_steps", "batch_size", "height", "width")
-        if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**64]:
-            raise OptionError(f"seeds hold {wrong[0]}; a seed is at least 0 and below 2^64")
+        check_ranges(self)
+        refuse_repeats(self, "seeds", "strengths")
+        if self.device and not re.fullmatch(r"[a-z]+(:\d+)?", self.device):
+            raise OptionError(f"device is {self.device!r}; give cuda, cuda:1, mps, cpu, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """Batch sampling."""
 
-    adapter: list[str] = option([], "adapters to draw with, each by itself: files, folders or Hub ids; none: the base")
-    pretrained_model_name_or_path: str | None = option(
-        None, "folder or Hub id of the base pipeline; unset: the one the adapter was trained on"
+    adapter: list[str] = option(
+        [], "adapters to draw with, each by itself: files, folders or Hub ids; none: the base", path=True
     )
-    output_dir: str = option("delora-samples", "folder for images, manifest.jsonl and contact_sheet.png")
+    pretrained_model_name_or_path: str | None = option(
+        None, "folder or Hub id of the base pipeline; unset: the one the adapter was trained on", path=True
+    )
+    output_dir: str = option("delora-samples", "folder for images, manifest.jsonl and contact_sheet.png", path=True)
     prompts: list[str] = option([], "prompts")
     prompts_file: str | None = option(
-        None, "file with a prompt a line; empty lines and lines that start with # are skipped"
+        None, "file with a prompt a line; empty lines and lines that start with # are skipped", path=True
     )
-    images_per_prompt: int = option(1, "images per prompt and seed")
+    images_per_prompt: int = option(1, "images per prompt and seed", within="[1, inf)")
 
     def __post_init__(self) -> None:
         if not self.prompts and not self.prompts_file:
@@ -78,4 +87,5 @@ class SamplingConfig:
             raise OptionError(
                 "nothing to draw with; give --adapter, or --pretrained_model_name_or_path for the base alone"
             )
-        at_least(self, 1, "images_per_prompt")
+        check_ranges(self)
+        refuse_repeats(self, "adapter")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,8 @@ from ..base.speed import compile_blocks
 from ..families import Family
 from ..method.config import ALL_LINEAR, PRESETS, DeloraConfig
 from ..method.inject import adapted_layers, inject_delora
-from ..method.targets import excluding
+from ..method.targets import excluding, target_linears
+from ..options import OptionError
 from ..seeds import derived_seed
 from .config import AdapterConfig, Options
 from .initial import fill, part_of
@@ -50,6 +51,21 @@ def text_encoder_config(adapter: AdapterConfig, dead: Sequence[str]) -> DeloraCo
     )
 
 
+def check_ranks(linears: Mapping[str, nn.Linear], config: DeloraConfig) -> None:
+    """Refuse ranks that a layer cannot have: more directions than its width an update does not have.
+
+    Raises:
+        OptionError: the first such layer, with the way out.
+    """
+    for name, linear in linears.items():
+        rank, most = config.rank_of(name), min(linear.in_features, linear.out_features)
+        if rank > most:
+            raise OptionError(
+                f"the rank of {name} is {rank}, and it is only {most} wide; give a lower rank, "
+                f'rank_pattern {{"{name}": {most}}}, or leave it out with exclude_modules'
+            )
+
+
 def adapt(
     pipe: DiffusionPipeline, family: Family, config: DeloraConfig, options: Options, initial: Adapter | None = None
 ) -> dict[str, nn.Module]:
@@ -70,6 +86,8 @@ def adapt(
     for number, (name, module) in enumerate(modules.items()):
         part = part_of(initial, name, module) if initial and (number == 0 or name in initial.tensors) else None
         usual = config if number == 0 else text_encoder_config(options.adapter, family.dead_layers(name, module))
+        if number and not part:
+            check_ranks(target_linears(module, usual), usual)
         inject_delora(module, part[0] if part else usual, generator=_generator(options, number))
         if part:
             fill(module, part, source=options.adapter.initial_adapter)

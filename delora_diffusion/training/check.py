@@ -21,7 +21,7 @@ from ..families import Family, check_trainable
 from ..method.config import DeloraConfig
 from ..method.targets import target_linears
 from ..reports.card import check_login
-from .adapt import denoiser_config
+from .adapt import check_ranks, denoiser_config, text_encoder_config
 from .config import Options
 from .initial import check_parts, part_of, read_initial
 from .output import check_folders, check_output
@@ -65,6 +65,8 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
     instances = instance_examples(options.data, seed=options.training.seed, trigger=token)
     log.info("%s", describe_sizes(instances, options.data))
     options = in_steps(options, sum(e.repeats for e in instances), accelerator.num_processes)
+    for message in options.doubts():
+        log.warning("%s", message)
     training, validation = options.training, options.validation
     check_output(training)
     check_installed(options.model)
@@ -84,7 +86,11 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
     if initial is not None:
         check_parts(initial, absent=() if options.adapter.train_text_encoder else family.text_encoders)
         config = part_of(initial, family.denoiser, denoiser)[0]
-    target_linears(denoiser, config)
+    linears = target_linears(denoiser, config)
+    if initial is None:
+        check_ranks(linears, config)
+    if options.adapter.train_text_encoder:
+        text_encoder_config(options.adapter, ())  # its layers are not there yet, what is wrong in itself is
     swapped_blocks(denoiser, family, training.blocks_to_swap)
     sampling = TimestepSampling(
         kind=training.timestep_sampling,

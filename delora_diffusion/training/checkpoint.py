@@ -118,8 +118,13 @@ def check_continues(folder: Path, then: Progress, now: Progress) -> None:
     """Refuse a continuation that would not compute what the run computed.
 
     Raises:
-        CheckpointError: other photos, another base, or options that differ (all are listed).
+        CheckpointError: other photos, another base, options that differ (all are listed), or no step is left to do.
     """
+    if then.step > now.options["max_train_steps"]:
+        raise CheckpointError(
+            f"{folder} is at step {then.step}, and max_train_steps is {now.options['max_train_steps']}; give more "
+            f"steps, or an earlier checkpoint"
+        )
     free = options_with(*GROUPS, resume="free")
     before, after = then.options | then.identity, now.options | now.identity
     changed = [

@@ -16,12 +16,11 @@ from ..base.swap import PLACES
 from ..data.config import DataConfig
 from ..data.prompts import UNRELATED_PROMPTS, has_token
 from ..method.config import BIAS_CHOICES, INIT_CHOICES
-from ..options import OptionError, at_least, option, to_yaml
+from ..option_checks import check_ranges, refuse_repeats, refuse_unused, unused
+from ..options import OptionError, option, to_yaml
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-#: Of what A and B are as long as learning rates, squares must be numbers in fp32.
-LARGEST_RATE = 1e6
 #: How the best adapter of a run is chosen, see `evaluation.choose.score_of`.
 KEEP_BEST = ("none", "fidelity", "balanced")
 
@@ -34,46 +33,63 @@ class AdapterConfig:
         None,
         "go on from this adapter (a file, a folder, also PEFT's, or a Hub id) in place of a new one, with its rank, "
         "layers and strength",
+        path=True,
     )
-    rank: int = option(16, "rank of the update in every layer")
+    rank: int = option(16, "rank of the update in every layer", within="[1, inf)")
     relative_lambda: float = option(
-        0.05, "strength: |dW| / |W| with orthogonal components; lambda follows, as relative_lambda sqrt(rank inputs)"
+        0.05,
+        "strength: |dW| / |W| with orthogonal components; lambda follows, as relative_lambda sqrt(rank inputs)",
+        within="(0, 10]",
     )
     delora_lambda: float | None = option(
-        None, "strength as lambda itself, the same in every layer, instead: |dW| <= lambda * largest column norm of W"
+        None,
+        "strength as lambda itself, the same in every layer, instead: |dW| <= lambda * largest column norm of W",
+        within="(0, inf)",
     )
     init_weights: str = option("zero", "start of A and B", choices=INIT_CHOICES)
     lambda_warmup_steps: int | None = option(
         None,
         "ramp the strength linearly from 0 over this many steps; unset: a tenth of max_train_steps",
+        within="[0, inf)",
         resume="free",
     )
-    module_dropout: float = option(0.0, "dropout on the adapters' inputs")
+    module_dropout: float = option(0.0, "dropout on the adapters' inputs", within="[0, 1)")
     target_modules: str | list[str] | None = option(
         None, "layers to adapt: attention, attention+ff, all-linear, names, or one regex; unset: attention"
     )
     exclude_modules: str | list[str] | None = option(None, "layers to leave out, in the same forms")
-    rank_pattern: dict[str, int] = option({}, "ranks that differ, {name or regex: rank}")
-    lambda_pattern: dict[str, float] = option({}, "lambdas that differ, {name or regex: lambda}")
+    rank_pattern: dict[str, int] = option({}, "ranks that differ, {name or regex: rank}", within="[1, inf)")
+    lambda_pattern: dict[str, float] = option({}, "lambdas that differ, {name or regex: lambda}", within="[0, inf)")
     bias: str = option("none", "biases trained in full", choices=BIAS_CHOICES)
     train_text_encoder: bool = option(False, "adapt the text encoder as well")
-    text_encoder_rank: int | None = option(None, "rank there; unset: rank")
-    text_encoder_lambda: float | None = option(None, "lambda there; unset: as for the denoiser")
+    text_encoder_rank: int | None = option(None, "rank there; unset: rank", within="[1, inf)")
+    text_encoder_lambda: float | None = option(None, "lambda there; unset: as for the denoiser", within="[0, inf)")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        refuse_unused(self, "train_text_encoder", "text_encoder_rank", "text_encoder_lambda")
+        if self.delora_lambda is not None:  # None is what relative_lambda acts with
+            refuse_unused(self, "delora_lambda", "relative_lambda", at="unset")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Training."""
 
-    output_dir: str = option("delora-model", "folder for everything the run writes", resume="free")
+    output_dir: str = option("delora-model", "folder for everything the run writes", path=True, resume="free")
     overwrite_output_dir: bool = option(False, "start afresh in a folder that holds another run", resume="free")
-    seed: int = option(0, "seed of everything random")
-    max_train_steps: int = option(500, "optimiser steps", resume="free")
+    seed: int = option(0, "seed of everything random", within="[0, 9223372036854775808)")
+    max_train_steps: int = option(500, "optimiser steps", within="[1, inf)", resume="free")
     num_train_epochs: int | None = option(
-        None, "passes over the photos, where steps are not counted by max_train_steps", resume="free"
+        None,
+        "passes over the photos, where steps are not counted by max_train_steps",
+        within="[1, inf)",
+        resume="free",
     )
-    train_batch_size: int = option(1, "photos per step and process (class images come on top)", resume="free")
-    gradient_accumulation_steps: int = option(1, "batches per optimiser step", resume="free")
+    train_batch_size: int = option(
+        1, "photos per step and process (class images come on top)", within="[1, inf)", resume="free"
+    )
+    gradient_accumulation_steps: int = option(1, "batches per optimiser step", within="[1, inf)", resume="free")
     gradient_checkpointing: bool = option(False, "less memory for a fifth more time", resume="free")
     compile: bool = option(False, COMPILE, resume="free")
     channels_last: bool = option(False, "a UNet's convolutions in the layout that GPUs are fast in", resume="free")
@@ -81,6 +97,7 @@ class TrainingConfig:
         0,
         "blocks of the denoiser that live in the CPU's memory and come to the GPU for their turn, two at a time; "
         "needs gradient_checkpointing",
+        within="[0, inf)",
         resume="free",
     )
     estimate_memory: bool | None = option(
@@ -88,45 +105,67 @@ class TrainingConfig:
     )
     mixed_precision: str | None = option(None, "autocast; unset: as accelerate is set up", choices=PRECISIONS)
     optimizer: str = option("adamw", "optimiser", choices=OPTIMIZERS)
-    learning_rate: float = option(1e-3, "of A and B; without effect there unless direction_turn is 0 (prodigy: use 1)")
+    learning_rate: float = option(
+        1e-3, "of A and B; without effect there unless direction_turn is 0 (prodigy: use 1)", within="[0, 10]"
+    )
     scale_lr: bool = option(False, "multiply learning_rate by the number of photos in a step", resume="free")
     direction_turn: float = option(
-        0.1, "radians by which noise turns A and B in 100 steps; 0: learning_rate decides, from Kaiming lengths"
+        0.1,
+        "radians by which noise turns A and B in 100 steps; 0: learning_rate decides, from Kaiming lengths",
+        within="[0, 10]",
     )
-    lambda_learning_rate: float = option(0.0, "learning rate of the strengths lambda; 0 keeps them fixed")
-    text_encoder_lr: float | None = option(None, "learning rate of A and B in the text encoder; unset: learning_rate")
-    adam_beta1: float = option(0.9, "decay of the first moment")
-    adam_beta2: float = option(0.999, "decay of the second moment")
-    adam_epsilon: float = option(1e-8, "epsilon of the optimiser")
-    prodigy_beta3: float | None = option(None, "decay of prodigy's estimate of the rate; unset: by adam_beta2")
+    lambda_learning_rate: float = option(
+        0.0, "learning rate of the strengths lambda; 0 keeps them fixed", within="[0, 10]"
+    )
+    text_encoder_lr: float | None = option(
+        None, "learning rate of A and B in the text encoder; unset: learning_rate", within="[0, 10]"
+    )
+    adam_beta1: float = option(0.9, "decay of the first moment", within="[0, 1)")
+    adam_beta2: float = option(0.999, "decay of the second moment", within="[0, 1)")
+    adam_epsilon: float = option(1e-8, "epsilon of the optimiser", within="(0, 1]")
+    prodigy_beta3: float | None = option(
+        None, "decay of prodigy's estimate of the rate; unset: by adam_beta2", within="[0, 1)"
+    )
     prodigy_use_bias_correction: bool = option(False, "bias correction in prodigy, as in Adam")
     prodigy_safeguard_warmup: bool = option(False, "leave warm-up steps out of prodigy's estimate of the rate")
-    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: do not")
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: do not", within="[0, inf)")
     lr_scheduler: str = option("constant", "schedule of the learning rates, in optimiser steps", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int = option(0, "steps of learning-rate warm-up")
-    lr_num_cycles: int = option(1, "restarts of cosine_with_restarts")
-    lr_power: float = option(1.0, "power of polynomial")
-    snr_gamma: float | None = option(None, "min-SNR weighting of the loss with this gamma (5 is usual)")
+    lr_warmup_steps: int = option(0, "steps of learning-rate warm-up", within="[0, inf)")
+    lr_num_cycles: int = option(1, "restarts of cosine_with_restarts", within="[1, inf)")
+    lr_power: float = option(1.0, "power of polynomial", within="(0, inf)")
+    snr_gamma: float | None = option(
+        None, "min-SNR weighting of the loss with this gamma (5 is usual)", within="(0, inf)"
+    )
     timestep_sampling: str | None = option(
         None,
         "how noise levels are drawn; unset: logit_normal for flow matching, else uniform",
         choices=TIMESTEP_SAMPLINGS,
     )
     logit_mean: float = option(0.0, "mean of logit_normal; above 0 is more noise, as in the SD3 paper")
-    logit_std: float = option(1.0, "standard deviation of logit_normal")
-    mode_scale: float = option(1.29, "how much more often mode draws middle noise levels")
+    logit_std: float = option(1.0, "standard deviation of logit_normal", within="(0, inf)")
+    mode_scale: float = option(1.29, "how much more often mode draws middle noise levels", within="[-1, 1.75]")
     timestep_shift: float | None = option(
-        None, "shift of the noise levels in flow matching, above 1 is more noise; unset: the scheduler's own"
+        None,
+        "shift of the noise levels in flow matching, above 1 is more noise; unset: the scheduler's own",
+        within="(0, inf)",
     )
-    guidance_scale: float = option(3.5, "guidance that a guidance-distilled base (FLUX dev) is told in training")
+    guidance_scale: float = option(
+        3.5, "guidance that a guidance-distilled base (FLUX dev) is told in training", within="[0, inf)"
+    )
     use_ema: bool = option(False, "save an exponential moving average of the adapter")
-    ema_decay: float = option(0.99, "its decay")
-    checkpointing_steps: int = option(500, "steps between checkpoints; 0: only when interrupted", resume="free")
-    checkpoints_total_limit: int | None = option(None, "keep only the newest checkpoints", resume="free")
-    resume_from_checkpoint: str | None = option(None, 'a checkpoint folder, or "latest" of output_dir', resume="free")
+    ema_decay: float = option(0.99, "its decay", within="[0, 1)")
+    checkpointing_steps: int = option(
+        500, "steps between checkpoints; 0: only when interrupted", within="[0, inf)", resume="free"
+    )
+    checkpoints_total_limit: int | None = option(
+        None, "keep only the newest checkpoints", within="[1, inf)", resume="free"
+    )
+    resume_from_checkpoint: str | None = option(
+        None, 'a checkpoint folder, or "latest" of output_dir', path=True, resume="free"
+    )
     report_to: str | None = option(None, "tracker: tensorboard, wandb, ... (accelerate's names)", resume="free")
     logging_dir: str | None = option(
-        None, "folder of a tracker's files inside output_dir; unset: output_dir", resume="free"
+        None, "folder of a tracker's files inside output_dir; unset: output_dir", path=True, resume="free"
     )
     allow_tf32: bool = option(False, "faster and coarser products in fp32 on GPUs that have TF32")
     push_to_hub: bool = option(False, "upload the result to the Hub", resume="free")
@@ -138,30 +177,15 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps")
-        at_least(self, 1, "lr_num_cycles")
-        at_least(self, 0, "direction_turn", "adam_epsilon", "max_grad_norm", "lr_warmup_steps")
-        at_least(self, 0, "checkpointing_steps", "blocks_to_swap")
+        check_ranges(self)
+        refuse_unused(self, "lr_scheduler", "lr_num_cycles", at="cosine_with_restarts")
+        refuse_unused(self, "lr_scheduler", "lr_power", at="polynomial")
+        of_prodigy = ("prodigy_beta3", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
+        refuse_unused(self, "optimizer", *of_prodigy, at="prodigy")
+        if self.timestep_sampling is not None:
+            refuse_unused(self, "timestep_sampling", "logit_mean", "logit_std", at="logit_normal")
+        refuse_unused(self, "use_ema", "ema_decay")
         self._check_swapping()
-        if self.checkpoints_total_limit is not None:
-            at_least(self, 1, "checkpoints_total_limit")
-        self._check_companions()
-        if not 0 <= self.ema_decay < 1:
-            raise OptionError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise OptionError(f"snr_gamma is {self.snr_gamma}; it must be positive (5 is usual), or left out")
-        if self.timestep_shift is not None and self.timestep_shift <= 0:
-            raise OptionError(
-                f"timestep_shift is {self.timestep_shift}; it must be positive (3 is SD3's), or left out"
-            )
-        for name in ("adam_beta1", "adam_beta2", "prodigy_beta3"):
-            if (beta := getattr(self, name)) is not None and not 0 <= beta < 1:
-                raise OptionError(f"{name} is {beta}; it must be at least 0 and below 1")
-        for name in ("learning_rate", "lambda_learning_rate", "text_encoder_lr"):
-            if (rate := getattr(self, name)) is not None and not 0 <= rate <= LARGEST_RATE:
-                raise OptionError(f"{name} is {rate}; it must be at least 0 and at most {LARGEST_RATE:g}")
-        if self.logit_std <= 0:
-            raise OptionError(f"logit_std is {self.logit_std}; it must be positive (1 is usual)")
 
     def _check_swapping(self) -> None:
         """What swapped blocks need, and what they do not go with."""
@@ -181,21 +205,6 @@ class TrainingConfig:
                 f"on the GPU at any time; give more, or 0"
             )
 
-    def _check_companions(self) -> None:
-        """Options that only act beside a certain choice."""
-        needed = {
-            "lr_num_cycles": ("lr_scheduler", "cosine_with_restarts"), "lr_power": ("lr_scheduler", "polynomial"),
-            **{f"prodigy_{name}": ("optimizer", "prodigy")
-               for name in ("beta3", "use_bias_correction", "safeguard_warmup")},
-        }  # fmt: skip
-        for name, (beside, choice) in needed.items():
-            usual = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != usual and getattr(self, beside) != choice:
-                raise OptionError(
-                    f"{name} {getattr(self, name)} does nothing with {beside} {getattr(self, beside)}; "
-                    f"give {beside} {choice}, or leave it out"
-                )
-
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
@@ -207,35 +216,43 @@ class ValidationConfig:
     validation_steps: int = option(
         100,
         "steps between previews; there is always one before the first step and one at the end",
+        within="[1, inf)",
         resume="free",
         figures="free",
     )
     validation_epochs: int | None = option(
-        None, "passes over the photos between previews, in place of validation_steps", resume="free", figures="free"
+        None,
+        "passes over the photos between previews, in place of validation_steps",
+        within="[1, inf)",
+        resume="free",
+        figures="free",
     )
-    num_validation_images: int = option(4, "images per prompt, with fixed seeds", resume="free")
+    num_validation_images: int = option(4, "images per prompt, with fixed seeds", within="[1, inf)", resume="free")
     validation_guidance_scale: float | None = option(
-        None, "guidance of the previews; unset: usual for the base", resume="free"
+        None, "guidance of the previews; unset: usual for the base", within="[0, inf)", resume="free"
     )
     validation_num_inference_steps: int | None = option(
-        None, "sampling steps of the previews; unset: usual for the base", resume="free"
+        None, "sampling steps of the previews; unset: usual for the base", within="[1, 1000]", resume="free"
     )
     validation_negative_prompt: str | None = option(None, "negative prompt of the previews", resume="free")
     validation_dino: str | None = option(
         None,
         "folder or Hub id of a DINO, DINOv2, DINOv3 or ViT: measure on every preview likeness and drift",
+        path=True,
         resume="free",
         figures="free",
     )
     validation_clip: str | None = option(
         None,
         "folder or Hub id of a CLIP: measure on every preview prompt following, and likeness as CLIP-I",
+        path=True,
         resume="free",
         figures="free",
     )
     validation_holdout_dir: str | None = option(
         None,
         "folder with photos of the subject that training does not see: likeness to these as well",
+        path=True,
         resume="free",
         figures="free",
     )
@@ -256,11 +273,16 @@ class ValidationConfig:
         figures="free",
     )
     patience: int | None = option(
-        None, "end training after this many previews in a row that are not the best yet", resume="free", figures="free"
+        None,
+        "end training after this many previews in a row that are not the best yet",
+        within="[1, inf)",
+        resume="free",
+        figures="free",
     )
     strength_sheet: list[float] = option(
         [],
         "at the end draw the previews at these strengths, e.g. 0.5,0.75,...,1.5, and recommend one in the card",
+        within="(0, inf)",
         resume="free",
         figures="free",
     )
@@ -273,8 +295,9 @@ class ValidationConfig:
     )
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "validation_steps", "num_validation_images", "validation_num_inference_steps")
-        at_least(self, 1, "validation_epochs")
+        check_ranges(self)
+        refuse_repeats(self, "strength_sheet")
+        refuse_unused(self, "validation_prompt", "validation_negative_prompt")
         encoders = [name for name in ("validation_dino", "validation_clip") if getattr(self, name)]
         measuring = [name for name in ("validation_holdout_dir", "patience") if getattr(self, name) is not None]
         measuring += ["keep_best"] if self.keep_best in ("fidelity", "balanced") else []
@@ -288,14 +311,10 @@ class ValidationConfig:
             raise OptionError(f"{' and '.join(needing)} look at the previews; give validation_prompt, a few prompts")
         if encoders:
             self._check_token()
-        if self.patience is not None:
-            at_least(self, 1, "patience")
-            if self.keep_best == "none":
-                raise OptionError("patience waits for a better adapter; give keep_best fidelity or balanced with it")
+        if self.patience is not None and self.keep_best == "none":
+            raise OptionError("patience waits for a better adapter; give keep_best fidelity or balanced with it")
         if encoders and self.keep_best != "fidelity" and self.keep_best != "none" and not self.validation_world_prompt:
             raise OptionError("keep_best balanced weighs drift; give validation_world_prompt, or keep_best fidelity")
-        if any(strength <= 0 for strength in self.strength_sheet):
-            raise OptionError("strength_sheet holds a strength that is not positive; 0 is the base, 1 as trained")
 
     def _check_token(self) -> None:
         """The rare word tells prompts of the subject, whose pictures are measured, from the others."""
@@ -327,6 +346,37 @@ class Options:
     data: DataConfig
     training: TrainingConfig
     validation: ValidationConfig
+
+    def __post_init__(self) -> None:
+        training = self.training
+        if training.text_encoder_lr is not None and not self.adapter.train_text_encoder:
+            raise OptionError("text_encoder_lr does nothing without train_text_encoder; add it, or leave this out")
+        if not (training.learning_rate or training.lambda_learning_rate or training.text_encoder_lr):
+            raise OptionError("learning_rate and lambda_learning_rate are 0, so nothing is trained; give one of them")
+
+    def doubts(self) -> list[str]:
+        """What was given and is hardly meant, as commands of diffusers' scripts have it: told, and not refused."""
+        training, most = self.training, self.training.max_train_steps
+        warmups = {
+            "lambda_warmup_steps": self.adapter.lambda_warmup_steps or 0,
+            "lr_warmup_steps": training.lr_warmup_steps if training.lr_scheduler != "constant" else 0,
+        }
+        warmup = unused(training, "lr_scheduler", "lr_warmup_steps", at="constant_with_warmup")
+        return [
+            *unused(
+                self.data, "with_prior_preservation", "num_class_images", "sample_batch_size", "prior_loss_weight"
+            ),
+            *unused(training, "timestep_sampling", "mode_scale", at="mode"),
+            *(warmup if training.lr_scheduler == "constant" else ()),
+            *unused(training, "push_to_hub", "hub_model_id"),
+            *unused(training, "report_to", "logging_dir"),
+            *unused(self.validation, "validation_prompt", "num_validation_images"),
+            *(
+                f"{name} is {steps}, and the run ends at max_train_steps {most}, before what it leads up to"
+                for name, steps in warmups.items()
+                if steps > most
+            ),
+        ]
 
     def flat(self) -> dict[str, Any]:
         """Every option by its name."""

@@ -79,7 +79,7 @@ def test_prompts_of_previews_stand_for_one_of_each_concept(tmp_path: Path) -> No
     "change, said",
     [
         ({"dog": {"repeats": "0"}}, r"concepts\[dog\]: repeats is 0; it must be at least 1"),
-        ({"dog": {"weight": "-1"}}, r"concepts\[dog\]: weight is -1; it must be positive"),
+        ({"dog": {"weight": "-1"}}, r"concepts\[dog\]: weight is -1.0; it must be positive"),
         ({"cat": {"trigger": "SKS"}}, "concepts dog and cat have one trigger, 'SKS'; give each its own"),
         ({"dog": {"folder": ""}}, r"concepts\[dog\]: folder is missing"),
         ({"dog": {"fodler": "x"}}, r"concepts\[dog\]: unknown option 'fodler'; known are folder, prompt"),

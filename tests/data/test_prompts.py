@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import doctest
 import hashlib
+from pathlib import Path
 
 import pytest
 
 from delora_diffusion.data import prompts
+from delora_diffusion.data.image_files import DataError
 from delora_diffusion.data.prompts import (
     DREAMBENCH_CLASSES,
     DREAMBENCH_LIVE,
     DREAMBENCH_PROMPTS,
     has_token,
+    read_prompts,
     without_token,
 )
 
@@ -50,3 +53,27 @@ def test_the_rare_word_goes_and_nothing_else(prompt: str, token: str, plain: str
 
 def test_the_example_is_true() -> None:
     assert doctest.testmod(prompts).failed == 0
+
+
+# ---- lists ------------------------------------------------------------------------------------------
+
+
+def test_a_line_ends_where_an_editor_ends_it(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(
+        "a dog\u2028in snow\r\n# no\n\n a cat \x85and\x0ca hat\na dog\u2028in snow".encode()
+    )
+    assert read_prompts([], str(tmp_path / "p.txt"), option="x") == ["a dog\u2028in snow", "a cat \x85and\x0ca hat"]
+
+
+def test_a_prompt_that_ends_as_a_file_is_one_unless_the_file_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my list.txt").write_text("a cat\n")
+    sign = "a dog with a sign that says readme.txt"
+    with caplog.at_level("INFO"):
+        assert read_prompts([sign, "~/my list.txt", str(tmp_path / "my list.txt")], option="x") == [sign, "a cat"]
+    assert "is taken for a prompt" in caplog.text
+    for missing in ("list.txt", str(tmp_path / "none.txt")):
+        with pytest.raises(DataError, match="cannot read x"):
+            read_prompts([missing], option="x")
