@@ -41,6 +41,7 @@ from delora_diffusion.training.log import LOG_STEPS, TrainingLog, due
 from delora_diffusion.training.output import clear_output, only_run
 from delora_diffusion.training.prepare import Prepared, content_of, examples_of, prepare, provenance_of
 from delora_diffusion.training.preview import Previews
+from delora_diffusion.training.processes import watched
 from delora_diffusion.training.results import save_result, write_results, write_settings
 from delora_diffusion.training.state import (
     Interrupted,
@@ -157,7 +158,7 @@ def train(
             line = due(state.step, LOG_STEPS) or state.step in (1, training.max_train_steps)
             checkpoint = due(state.step, training.checkpointing_steps)
             stop = bool(stopping) and accelerator.num_processes == 1
-            if line or checkpoint or stop or due(state.step, options.validation.validation_steps):
+            if line or checkpoint or stop or unread.late or due(state.step, options.validation.validation_steps):
                 losses, stop = unread.read(accelerator, stopping, previews.run.path)
                 run_log.add(state.step, losses, state.rates, denoiser.module, line=line)
             if stop:
@@ -211,7 +212,11 @@ def start(options: Options) -> Accelerator:
     if training.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ and accelerator.num_processes == 1:
-        log.warning("the launcher was asked for several processes and started one; torchrun starts them on CPUs, too")
+        log.warning(
+            "the launcher was asked for several processes and started one. For two on this machine's CPU, type: "
+            "torchrun --nproc_per_node 2 %s and your options",
+            sys.argv[0],
+        )
     logging.getLogger("delora_diffusion").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     return accelerator
 
@@ -229,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         quiet_libraries()
         try:
             accelerator = start(options)
-            with only_run(options.training, accelerator):
+            with watched(accelerator), only_run(options.training, accelerator):
                 run(options, accelerator)
         except Interrupted as stop:
             log.warning("%s", stop)

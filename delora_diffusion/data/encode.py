@@ -40,6 +40,7 @@ class Cache:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self.memory: dict[str, Encoded] = {}
+        self.known: dict[str, None] = {}  # keys that were asked for
         self.takes_more = True
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,13 @@ class Cache:
         found = self.memory.get(key) or self._read(key) or self._write(key, make())
         if self.folder is None or not self.takes_more:
             self.memory[key] = found
+        self.known[key] = None
         return found
+
+    def holds(self, key: str) -> bool:
+        """Whether something is stored under `key`."""
+        path = self._path(key)
+        return key in self.memory or (path is not None and path.is_file())
 
     def _path(self, key: str) -> Path | None:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.safetensors" if self.folder else None

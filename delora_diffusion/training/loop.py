@@ -27,6 +27,7 @@ from ..method.inject import delora_adapters, set_delora_adapters
 from ..options import OptionError
 from ..seeds import derived_seed
 from .config import Options, TrainingConfig
+from .log import LOG_STEPS
 from .loss import Examples, Pick, batch_loss, picks
 from .optimizer import ema_update, relative_gradients
 from .state import Modules, TrainingError, TrainingState
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
+#: Seconds between two looks at whether one of several processes was asked to stop.
+LOOK = 5.0
 #: Seconds within which a signal is the same one once more.
 SAME_SIGNAL = 1.0
 
@@ -141,9 +144,14 @@ def take_step(
 
 
 class Unread:
-    """What steps left on the device and nobody has looked at yet: looking at it waits for the device."""
+    """What steps left on the device and nobody has looked at yet: looking at it waits for the device.
+
+    Of several processes none knows when another is asked to stop, until all look. `late` says when, at the same step
+    on every one: after so many steps as take some `LOOK` seconds on the average of them.
+    """
 
     def __init__(self) -> None:
+        self.since, self.every = time.monotonic(), LOG_STEPS
         self.losses: list[Tensor] = []
         self.failed: list[Tensor] = []
         self.batches: list[tuple[int, Sequence[Pick]]] = []
@@ -154,16 +162,22 @@ class Unread:
         self.failed.append(failed)
         self.batches.append((step, batch))
 
+    @property
+    def late(self) -> bool:
+        """Whether it is time to look."""
+        return len(self.losses) >= self.every
+
     def read(self, accelerator: Accelerator, stopping: Sequence[int], out: Path) -> tuple[list[float], bool]:
         """The losses of the steps since the last look, and whether any process has been asked to stop.
 
         Raises:
             TrainingError: a step that failed; it changed nothing. Its images are named.
         """
-        asked = torch.tensor([float(len(stopping))], device=accelerator.device)
+        pace = (time.monotonic() - self.since) / max(1, len(self.losses))
+        asked = torch.tensor([float(len(stopping)), pace / accelerator.num_processes], device=accelerator.device)
         asked = accelerator.reduce(asked, "sum") if accelerator.num_processes > 1 else asked
         values = torch.stack([*self.losses, *(one.float() for one in self.failed), *asked]).tolist()
-        losses, failed = values[: len(self.losses)], values[len(self.losses) : -1]
+        losses, failed = values[: len(self.losses)], values[len(self.losses) : -2]
         for loss, wrong, (step, batch) in zip(losses, failed, self.batches, strict=True):
             if wrong:
                 what = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
@@ -173,7 +187,9 @@ class Unread:
                     f"images, lower learning_rate or delora_lambda, or train with mixed_precision bf16 or no"
                 )
         self.losses, self.failed, self.batches = [], [], []
-        return losses, bool(values[-1])
+        if accelerator.num_processes > 1:
+            self.since, self.every = time.monotonic(), max(1, min(LOG_STEPS, int(LOOK / max(values[-1], 1e-3))))
+        return losses, bool(values[-2])
 
 
 def warn_of_silent_layers(modules: Modules) -> None:

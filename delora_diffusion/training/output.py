@@ -19,6 +19,7 @@ from ..locks import hold, let_go
 from ..options import OptionError
 from ..run_folder import RunFolder
 from .config import TrainingConfig
+from .processes import from_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,7 +39,7 @@ def only_run(training: TrainingConfig, accelerator: Accelerator) -> Iterator[Non
     if accelerator.is_main_process:
         file, problem = _taken(run)
     try:
-        if problem := _of_main(problem, accelerator):
+        if problem := from_main(accelerator, lambda: problem):
             raise OptionError(problem)
         yield
     finally:
@@ -85,17 +86,6 @@ def _holder(lock: Path) -> str:
         return f"another run (process {held['process']} on {held['machine']}, since {held['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another run"
-
-
-def _of_main(text: str, accelerator: Accelerator) -> str:
-    """What the main process has to say, on every process."""
-    if accelerator.num_processes == 1:
-        return text
-    from accelerate.utils import broadcast_object_list
-
-    texts = [text]
-    broadcast_object_list(texts)
-    return texts[0]
 
 
 def check_output(training: TrainingConfig) -> None:

@@ -36,6 +36,7 @@ from .class_images import draw_class_images, missing_class_images
 from .config import Options
 from .initial import lineage
 from .loss import Examples
+from .processes import from_main, spread
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -107,8 +108,15 @@ def prepare(checked: Checked, accelerator: Accelerator) -> Prepared:
     # ---- the text encoders: prompts
     captions = [caption for e in checked.instances for caption in e.captions]
     captions += class_captions(data) + ([""] if data.caption_dropout else [])
-    pipe = _with(pipe, options.model, precision, read=family.text_encoders)
-    texts = _encode_prompts(cache, pipe, checked, captions, accelerator)
+    if accelerator.is_main_process or options.adapter.train_text_encoder:
+        pipe = _with(pipe, options.model, precision, read=family.text_encoders)
+    names = from_main(accelerator, lambda: _names_of_encoders(pipe, checked))
+    for first in (True, False):  # the main process encodes, and the others find it in their caches
+        if accelerator.is_main_process == first:
+            texts = _encode_prompts(cache, pipe, checked, captions, names, accelerator)
+        spread(accelerator, cache)
+    for name in _encoders(pipe, checked) if texts.conditioning is not None else ():
+        setattr(pipe, name, None)
     clear_device_cache(garbage_collection=True)
 
     # ---- the denoiser: class images
@@ -198,33 +206,58 @@ def _with(pipe: DiffusionPipeline, model: ModelConfig, precision: str, *, read: 
 def _encode_photos(
     cache: Cache, vae: Any, examples: Sequence[Example], identity: str, accelerator: Accelerator
 ) -> Mapping[str, Encoded]:
-    """The latents of photos, encoded on the device; afterwards the VAE is in the CPU's memory."""
+    """The latents of photos, each encoded on one device; afterwards the VAE is in the CPU's memory."""
     if not examples:
         return {}
     vae.to(accelerator.device)
+
+    own = examples[accelerator.process_index :: accelerator.num_processes]
     latents = cache_latents(
         cache,
         vae,
-        examples,
+        own,
         identity=identity,
         progress=lambda views: tqdm(views, desc="encode", disable=not accelerator.is_main_process),
     )
+    if len(own) < len(examples):
+        spread(accelerator, cache)
+        latents = cache_latents(cache, vae, examples, identity=identity)
     vae.to("cpu")
     return latents
 
 
-def _encode_prompts(
-    cache: Cache, pipe: DiffusionPipeline, checked: Checked, captions: Sequence[str], accelerator: Accelerator
-) -> Texts:
-    """Encode every prompt on the device; then drop the encoders, unless they are trained."""
-    family, data, validation = checked.family, checked.options.data, checked.options.validation
-    encoders = {name: module for name in family.text_encoders if (module := getattr(pipe, name, None)) is not None}
+def _names_of_encoders(pipe: DiffusionPipeline, checked: Checked) -> tuple[str, str]:
+    """What names the text encoders by their content: with their tokenizers and precision, and alone."""
+    encoders = _encoders(pipe, checked)
     tokenizers = [getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in encoders]
     identity = fingerprint(*encoders.values(), *map(_vocabulary, tokenizers))
-    weights, kind = fingerprint(*map(fingerprint, encoders.values())), checked.options.model.text_encoder_quantization
-    identity = identity if kind == "none" else f"{identity}:{kind}"
-    for module in encoders.values():
-        quantise(module, kind, accelerator.device)
+    kind = checked.options.model.text_encoder_quantization
+    return identity if kind == "none" else f"{identity}:{kind}", fingerprint(*map(fingerprint, encoders.values()))
+
+
+def _encoders(pipe: DiffusionPipeline, checked: Checked) -> dict[str, nn.Module]:
+    """The text encoders that the pipeline has."""
+    found = {name: getattr(pipe, name, None) for name in checked.family.text_encoders}
+    return {name: module for name, module in found.items() if module is not None}
+
+
+def _encode_prompts(
+    cache: Cache,
+    pipe: DiffusionPipeline,
+    checked: Checked,
+    captions: Sequence[str],
+    names: tuple[str, str],
+    accelerator: Accelerator,
+) -> Texts:
+    """Encode every prompt on the device, unless the encoders are trained.
+
+    Args:
+        names: `_names_of_encoders`.
+    """
+    family, data, validation = checked.family, checked.options.data, checked.options.validation
+    identity, weights = names
+    for module in _encoders(pipe, checked).values():
+        quantise(module, checked.options.model.text_encoder_quantization, accelerator.device)
         module.to(accelerator.device)
     kept = [concept.class_prompt for concept in data.subjects if concept.class_prompt]
     kept = kept if data.with_base_preservation else []
@@ -247,8 +280,6 @@ def _encode_prompts(
     if of_class.texts:
         usual = cache_negative(cache, pipe, family, None, identity=identity)
         of_class = replace(of_class, encoded=[found[text] for text in of_class.texts], against=usual)
-    for name in encoders:
-        setattr(pipe, name, None)
     previews, elsewhere = (
         replace(some, encoded=[found[text] for text in some.texts], against=against)
         for some in (texts.shown, texts.unrelated)

@@ -71,21 +71,6 @@ def test_other_optimizers_train_and_resume(run: Run, optimizer: str, package: st
     assert same(tensors(straight), tensors(resumed))
 
 
-def test_two_processes_equal_one(base: Path, photos: Path, tmp_path: Path, run: Run) -> None:
-    """Two gloo processes with half the batch each: the same losses and adapter, up to rounding."""
-    one = run("one", "--train_batch_size=4", "--learning_rate=1e-4")
-    two = [str(SCRIPT), *arguments(base, photos, tmp_path / "two", "--train_batch_size=2", "--learning_rate=1e-4")]
-    job = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *two],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert job.returncode == 0, job.stderr
-    assert "2 processes" in job.stderr
-    assert losses(one) == pytest.approx(losses(tmp_path / "two"), abs=2e-6)
-    assert largest_difference(tensors(one), tensors(tmp_path / "two")) < 5e-6  # Adam's step is 1e-4
-
-
 def test_interrupted_run_leaves_a_checkpoint_and_continues(base: Path, photos: Path, tmp_path: Path, run: Run) -> None:
     extra = ("--max_train_steps=40", "--lambda_warmup_steps=3", "--direction_turn=0")
     straight = run("straight", *extra)
