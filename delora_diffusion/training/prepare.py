@@ -288,7 +288,12 @@ def _encode_prompts(
 
 
 def _draw_classes(
-    pipe: DiffusionPipeline, texts: Texts, options: Options, accelerator: Accelerator, *, staying: Sequence[nn.Module]
+    pipe: DiffusionPipeline,
+    texts: Texts,
+    options: Options,
+    accelerator: Accelerator,
+    *,
+    staying: Sequence[nn.Module] = (),
 ) -> None:
     """Draw the class images that are missing, with the base; `staying` is on the device and is not moved."""
     data, validation = options.data, options.validation
