@@ -145,6 +145,17 @@ def _to_autocast(linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, .
     return (args[0].to(torch.get_autocast_dtype(kind)),) if torch.is_autocast_enabled(kind) else args
 
 
+def quantised_bytes(linear: nn.Linear, kind: str, dtype: torch.dtype) -> int:
+    """Bytes that the weight of a Linear takes when it is quantised from `dtype`; "none": as it is."""
+    count = linear.in_features * linear.out_features
+    if kind == "none":
+        return count * dtype.itemsize
+    if kind == "nf4":  # half a byte; one for the scale of 64; four for 256 of these, and two tables
+        blocks = -(-count // 64)
+        return -(-count // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
+    return count + linear.out_features * (5 if kind == "int8" else 4)  # a scale for each row, and a zero point
+
+
 class QuantisedLinear(nn.Linear):
     """A frozen Linear whose weight torchao keeps in 8 bits.
 
@@ -153,26 +164,44 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """y = W x + b (..., out) for x (..., in)."""
-        y: Tensor = _FormedTwice.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        y: Tensor = _FormedTwice.apply(input, self.bias, self)  # type: ignore[no-untyped-call]
         return y
+
+    def formed(self) -> Tensor:
+        """The weight as plain numbers (out, in). torchao's own way has five times the memory alive meanwhile."""
+        weight: Any = self.weight
+        plain: Tensor = weight.qdata.to(weight.dtype).mul_(weight.scale)
+        return plain
+
+
+class _OutlinedLinear(QuantisedLinear):
+    def formed(self) -> Tensor:
+        return self.weight.clone()
+
+
+def quantise_outline(module: nn.Module, kind: str) -> None:
+    """Let the layers of an outline that would be quantised have alive what they would have; there are no numbers."""
+    for path, linear in dict(quantisable(module)).items() if kind != "none" else ():
+        stand_in = _OutlinedLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        owner, _, leaf = path.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, stand_in.requires_grad_(False))
 
 
 class _FormedTwice(torch.autograd.Function):
     """y = W x + b, and the gradients of x and b."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
-        return nn.functional.linear(x, weight.dequantize(), bias)  # type: ignore[no-untyped-call]
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantisedLinear) -> Tensor:
+        ctx.layer, ctx.dtypes = layer, (x.dtype, None if bias is None else bias.dtype)
+        return nn.functional.linear(x, layer.formed(), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        (weight,), (x_dtype, bias_dtype) = ctx.saved_tensors, ctx.dtypes
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_dtype, bias_dtype = ctx.dtypes
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight.dequantize().to(grad.dtype)).to(x_dtype)
-        if ctx.needs_input_grad[2]:
+            grad_x = (grad @ ctx.layer.formed().to(grad.dtype)).to(x_dtype)
+        if ctx.needs_input_grad[1]:
             grad_bias = grad.flatten(0, -2).sum(0).to(bias_dtype)
-        return grad_x, None, grad_bias
+        return grad_x, grad_bias, None

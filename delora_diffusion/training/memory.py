@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..base.latents import denormalise, posterior
 from ..base.load import DTYPE, base_dtype, listed_in, outline
+from ..base.quantise import quantisable, quantise_outline, quantised_bytes
 from ..base.swap import PLACES, swappable, swapped_blocks
 from ..families import Conditioning, Family, Setting, placed, stack_conditioning
 from ..method.config import DeloraConfig
@@ -95,9 +96,12 @@ def estimate(plan: Plan) -> list[Phase]:
     offload = shown.enable_model_cpu_offload
     texts = [name for name in plan.family.text_encoders if any(listed_in(plan.options.model).get(name) or ())]
     text = {name: outline(plan.options.model, name) for name in texts}
-    text_weights = sum(size_of(module, plan.dtype) for module in text.values())
+    text_weights = sum(
+        size_of(module, plan.dtype, plan.options.model.text_encoder_quantization) for module in text.values()
+    )
     vae, denoiser = outline(plan.options.model, "vae"), outline(plan.options.model, plan.family.denoiser)
-    vae_weights, weights = size_of(vae, torch.float32), size_of(denoiser, plan.dtype) - _waiting(plan, denoiser)
+    vae_weights = size_of(vae, torch.float32)
+    weights = size_of(denoiser, plan.dtype, plan.options.model.base_quantization) - _waiting(plan, denoiser)
     latents, encoding = _encoding(plan, vae)
     phases = [
         Phase("encoding photos", {"VAE": vae_weights, "work": encoding}),
@@ -135,20 +139,29 @@ def estimate(plan: Plan) -> list[Phase]:
     return phases
 
 
-def size_of(module: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of a module's weights when they are `dtype`; buffers that no file holds keep their own precision."""
+def size_of(module: nn.Module, dtype: torch.dtype, kind: str = "none") -> int:
+    """Bytes of a module's weights when they are `dtype`, and the layers of its blocks quantised to `kind`.
+
+    Buffers that no file holds keep their own precision.
+    """
     transient = {id(part._buffers[key]) for part in module.modules() for key in part._non_persistent_buffers_set}
     kept_own = [t for t in module.buffers() if id(t) in transient or not t.is_floating_point()]
     kept = {id(t) for t in kept_own}
     rest = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in kept]
-    return sum(t.numel() * t.itemsize for t in kept_own) + sum(t.numel() for t in rest) * dtype.itemsize
+    plain = sum(t.numel() * t.itemsize for t in kept_own) + sum(t.numel() for t in rest) * dtype.itemsize
+    layers = [linear for _, linear in quantisable(module)]
+    return plain - sum(quantised_bytes(x, "none", dtype) - quantised_bytes(x, kind, dtype) for x in layers)
 
 
 def _waiting(plan: Plan, denoiser: nn.Module) -> int:
     """Bytes of the denoiser that are not on the device: those of swapped blocks, but for their places there."""
     blocks = swapped_blocks(denoiser, plan.family, plan.options.training.blocks_to_swap).values()
-    weights = [[owner.get_parameter(key).numel() for owner, key in swappable(block)] for block in blocks]
-    sizes = [sum(block) * plan.dtype.itemsize for block in weights]
+    kind, dtype = plan.options.model.base_quantization, plan.dtype
+    small: dict[nn.Module, int] = {x: quantised_bytes(x, kind, dtype) for _, x in quantisable(denoiser)}
+    sizes = [
+        sum(small.get(owner, owner.get_parameter(key).numel() * dtype.itemsize) for owner, key in swappable(block))
+        for block in blocks
+    ]
     return sum(sizes) - PLACES * max(sizes, default=0)
 
 
@@ -171,14 +184,14 @@ def _decoding(plan: Plan, latents: tuple[int, ...], count: int) -> int:
 
 
 def _predicting(plan: Plan, latents: tuple[int, ...], count: int) -> int:
-    denoiser = outline(plan.options.model, plan.family.denoiser).eval()
+    denoiser = _denoiser(plan).eval()
     with torch.no_grad():
         return _alive(plan, denoiser, latents, count, lambda prediction: None)
 
 
 def _step(plan: Plan, latents: tuple[int, ...], count: int) -> int:
     """What the forward and backward pass of a batch has alive: gradients are among it."""
-    denoiser: Any = outline(plan.options.model, plan.family.denoiser)
+    denoiser: Any = _denoiser(plan)
     inject_delora(denoiser, plan.adapter)
     denoiser.train()
     if plan.options.training.gradient_checkpointing:
@@ -189,6 +202,12 @@ def _step(plan: Plan, latents: tuple[int, ...], count: int) -> int:
         loss.backward()  # type: ignore[no-untyped-call]
 
     return _alive(plan, denoiser, latents, count, learn)
+
+
+def _denoiser(plan: Plan) -> nn.Module:
+    denoiser = outline(plan.options.model, plan.family.denoiser)
+    quantise_outline(denoiser, plan.options.model.base_quantization)
+    return denoiser
 
 
 def _alive(
@@ -252,15 +271,21 @@ def warning(plan: Plan, phases: Sequence[Phase], *, free: int) -> str | None:
 
 def advice(plan: Plan, phase: Phase) -> list[str]:
     """Options that make a phase smaller and are not chosen yet, the most effective first."""
-    training, shown = plan.options.training, plan.options.validation
+    model, training, shown = plan.options.model, plan.options.training, plan.options.validation
+    fewer_bits = ["base_quantization"] if model.base_quantization == "none" else []
     half = ["base_dtype bf16"] if plan.dtype == torch.float32 else []
     smaller = [f"a resolution below {plan.options.data.resolution}"]
     by_phase = {
         "encoding photos": smaller,
-        "encoding prompts": [*half, "a base with smaller text encoders"],
+        "encoding prompts": [
+            *half,
+            *(["text_encoder_quantization"] if model.text_encoder_quantization == "none" else []),
+            "a base with smaller text encoders",
+        ],
         "training": [
             *([] if training.gradient_checkpointing else ["gradient_checkpointing"]),
             *half,
+            *fewer_bits,
             *([] if training.blocks_to_swap else ["blocks_to_swap"]),
             *(["train_batch_size 1 with gradient_accumulation_steps"] if training.train_batch_size > 1 else []),
             *(["optimizer adamw8bit"] if training.optimizer != "adamw8bit" and plan.adapter.r > 32 else []),
@@ -268,8 +293,8 @@ def advice(plan: Plan, phase: Phase) -> list[str]:
         ],
     }
     fewer = ["a smaller num_validation_images"] if phase.name == "previews" and shown.num_validation_images > 1 else []
-    drawing = [*([] if shown.enable_model_cpu_offload else ["enable_model_cpu_offload"]), *fewer, *half, *smaller]
-    return by_phase.get(phase.name, drawing)
+    offload = [] if shown.enable_model_cpu_offload else ["enable_model_cpu_offload"]
+    return by_phase.get(phase.name, [*offload, *fewer, *half, *fewer_bits, *smaller])
 
 
 def _parts(phase: Phase) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from delora_diffusion.base.config import ModelConfig
 from delora_diffusion.base.latents import posterior
 from delora_diffusion.base.load import load_base
+from delora_diffusion.base.quantise import quantise_pipeline
 from delora_diffusion.data.config import DataConfig
 from delora_diffusion.families import Setting, family_of, stack_conditioning
 from delora_diffusion.method.config import DeloraConfig
@@ -24,6 +25,7 @@ from delora_diffusion.options import parse
 from delora_diffusion.training import memory
 from delora_diffusion.training.config import AdapterConfig, Options, TrainingConfig, ValidationConfig
 
+from ..base.test_quantise import stored
 from ..benchmarks import memory as bench
 from ..runs import Run
 from ..test_options import TRAINING
@@ -83,6 +85,24 @@ def peak(work: Callable[[], Any]) -> int:
     return most
 
 
+def step_of(plan: memory.Plan, pipe: Any, checkpointing: bool) -> Callable[[], None]:
+    """One step of training on two pictures."""
+    denoiser, side = getattr(pipe, plan.family.denoiser), plan.options.data.resolution
+    inject_delora(denoiser, plan.adapter)
+    denoiser.train()
+    if checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    with torch.no_grad():
+        x_t = torch.randn_like(posterior(pipe.vae, torch.zeros(2, 3, side, side))[0])
+    cond, t = stack_conditioning([plan.family.blank(denoiser)] * 2), torch.full([2], 500.0)
+
+    def step() -> None:
+        plan.family.predict(denoiser, x_t, t, cond, Setting(side, side)).square().mean().backward()
+        denoiser.zero_grad()
+
+    return step
+
+
 @pytest.mark.parametrize("kind", BUILDERS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_weights_are_counted_to_the_byte(kind: str, dtype: str, tmp_path: Path) -> None:
@@ -118,21 +138,23 @@ def test_adapters_and_optimiser_are_counted_to_the_byte(ema: bool, tmp_path: Pat
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_a_step_has_alive_what_the_profiler_sees(kind: str, checkpointing: bool, tmp_path: Path) -> None:
     plan, pipe = plan_of(kind, tmp_path, train_batch_size=2, gradient_checkpointing=checkpointing)
+    assert phase_of(plan, "training")["step"] == pytest.approx(peak(step_of(plan, pipe, checkpointing)), rel=0.15)
+
+
+@pytest.mark.parametrize("kind, quantization", [("sd", "int8"), ("flux.1-dev", "float8"), ("flux.1-dev", "nf4")])
+def test_a_quantised_base_is_counted(kind: str, quantization: str, tmp_path: Path) -> None:
+    """Its weights to the byte, and a step in which layers form their weights by the profiler."""
+    plan, pipe = plan_of(kind, tmp_path, train_batch_size=2, gradient_checkpointing=True)
+    quantised = replace(plan.options.model, base_quantization=quantization, text_encoder_quantization=quantization)
+    plan = with_options(plan, model=quantised)
+    quantise_pipeline(pipe, quantised, torch.device("cpu"))
+    told = {phase.name: phase.parts for phase in memory.estimate(plan)}
     denoiser = getattr(pipe, plan.family.denoiser)
-    inject_delora(denoiser, plan.adapter)
-    denoiser.train()
-    if checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    with torch.no_grad():
-        side = side_of(kind)
-        x_t = torch.randn_like(posterior(pipe.vae, torch.zeros(2, 3, side, side))[0])
-    cond, t = stack_conditioning([plan.family.blank(denoiser)] * 2), torch.full([2], 500.0)
-
-    def step() -> None:
-        plan.family.predict(denoiser, x_t, t, cond, Setting(side, side)).square().mean().backward()
-        denoiser.zero_grad()
-
-    assert phase_of(plan, "training")["step"] == pytest.approx(peak(step), rel=0.15)
+    assert told["training"]["denoiser"] == stored(denoiser)
+    assert told["encoding prompts"]["text encoders"] == sum(
+        stored(module) for name in plan.family.text_encoders if (module := getattr(pipe, name, None)) is not None
+    )
+    assert told["training"]["step"] == pytest.approx(peak(step_of(plan, pipe, checkpointing=True)), rel=0.15)
 
 
 def test_encoding_and_drawing_have_alive_what_the_profiler_sees(tmp_path: Path) -> None:
