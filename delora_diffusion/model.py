@@ -348,7 +348,8 @@ class DeloraModel(nn.Module):
 
     def _parameters_of(self, name: str) -> list[nn.Parameter]:
         adapters = inject.delora_adapters(self, name).values()
-        full = inject.record_of(self).trained_in_full[name].values()
+        values = inject.record_of(self).trained_in_full[name].values()
+        full = [value for value in values if isinstance(value, nn.Parameter)]
         return [*(p for adapter in adapters for p in adapter.parameters()), *full]
 
 

@@ -49,9 +49,9 @@ class DeloraConfig:
         r: rank of every adapter, unless `rank_pattern` says otherwise.
         delora_lambda: initial lambda, the bound of the update: |dW|_F <= lambda * max_j |W[:, j]|.
         target_modules: names of the `nn.Linear` layers to adapt: a list (exact names or dotted suffixes), one regular
-            expression that must match a whole name, "all-linear" (every Linear but the output layer), "attention" or
-            None (the attention projections of diffusers models and text encoders), or "attention+ff" (the
-            feed-forward layers of the same blocks as well).
+            expression that must match a whole name, "all-linear" (every Linear but the output layer and a new
+            classifier's), "attention" or None (the attention projections of diffusers models and text encoders), or
+            "attention+ff" (the feed-forward layers of the same blocks as well).
         exclude_modules: names to leave out, in the same forms.
         rank_pattern: {name suffix or regex: rank}, where it differs from `r`.
         lambda_pattern: {name suffix or regex: lambda}, where it differs from `delora_lambda`.

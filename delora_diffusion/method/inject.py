@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import DeloraError
@@ -31,13 +31,20 @@ class Record:
 
     configs: dict[str, DeloraConfig] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the base's parameters, before any adapter
-    trained_in_full: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)  # adapter -> name -> its value
-    base_values: dict[str, nn.Parameter] = field(default_factory=dict)  # parameters that a value above stands in for
+    #: adapter -> name -> its value; parameters, and buffers, which a module replaces when it is moved.
+    trained_in_full: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    base_values: dict[str, Tensor] = field(default_factory=dict)  # what a value above stands in for
+    in_place: dict[str, str] = field(default_factory=dict)  # by name, the adapter whose value that is
     enabled: bool = True  # False: no adapter acts, and the base's own parameters are in
     layers: list[tuple[nn.Linear, DeloraLayer]] = field(default_factory=list)  # that are adapted
     hooks: list[RemovableHandle] = field(default_factory=list)  # of the module itself
     unpacked: list[nn.Module] = field(default_factory=list)  # layers that may not pack their weights meanwhile
     fused: list[Place] = field(default_factory=list)  # where layers may be called in one that stands for them
+
+    def values_in_full(self, module: nn.Module, adapter: str) -> dict[str, Tensor]:
+        """What an adapter trained in full; where its values are in place, as they are there by now."""
+        full = self.trained_in_full[adapter]
+        return {name: value_of(module, name) if self.in_place.get(name) == adapter else full[name] for name in full}
 
     def copy_fused_again(self, changed: bool) -> None:
         """Bring what has changed in layers into those that stand for them."""
@@ -114,20 +121,22 @@ def _new_adapter(
 
 
 def _trained_in_full(
-    module: nn.Module, config: DeloraConfig, targets: dict[str, nn.Linear], base_values: dict[str, nn.Parameter]
-) -> dict[str, nn.Parameter]:
-    """Trainable copies of the base parameters that `bias` and `modules_to_save` name."""
+    module: nn.Module, config: DeloraConfig, targets: dict[str, nn.Linear], base_values: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Trainable copies of the base parameters that `bias` and `modules_to_save` name, and copies of buffers."""
     names = names_in_full(module, config, targets)
-    base = {name: base_values.get(name, module.get_parameter(name)) for name in names}
+    base = {name: base_values.get(name, value_of(module, name)) for name in names}
     if away := [name for name, value in base.items() if value.is_meta]:
         raise DeloraError(
             f"{away[0]} is offloaded, and this adapter has its own value for it; load the adapter before offloading"
         )
-    return {name: nn.Parameter(value.detach().clone()) for name, value in base.items()}
+    copies = {name: value.detach().clone() for name, value in base.items()}
+    return {name: nn.Parameter(t) if isinstance(base[name], nn.Parameter) else t for name, t in copies.items()}
 
 
 def names_in_full(module: nn.Module, config: DeloraConfig, targets: dict[str, nn.Linear]) -> list[str]:
-    """The parameters that `bias` and `modules_to_save` name, where `targets` are the adapted layers."""
+    """The parameters that `bias` and `modules_to_save` name, where `targets` are the adapted layers, and the buffers
+    of these modules that files hold: the averages of a BatchNorm, say."""
     names = []
     for name, _ in module.named_parameters():
         owner, _, leaf = name.rpartition(".")
@@ -140,6 +149,10 @@ def names_in_full(module: nn.Module, config: DeloraConfig, targets: dict[str, nn
             raise DeloraError(
                 f"modules_to_save {pattern!r} matches no module with parameters in {type(module).__name__}"
             )
+    for name, part in module.named_modules() if config.modules_to_save else ():
+        if any(within(pattern, name) for pattern in config.modules_to_save or ()) and "delora" not in name.split("."):
+            kept = (leaf for leaf in part._buffers if leaf not in part._non_persistent_buffers_set)
+            names += [f"{name}.{leaf}" for leaf in kept if part._buffers[leaf] is not None]
     return names
 
 
@@ -323,30 +336,39 @@ def delora_disabled(module: nn.Module) -> Iterator[None]:
 
 def _swap_in(module: nn.Module, record: Record, names: Sequence[str]) -> None:
     """Put the base's own parameters back, then those that the adapters `names` trained in full in their place."""
-    wanted: dict[str, nn.Parameter] = {}
+    wanted: dict[str, str] = {}
     for adapter in names:
-        for name, parameter in record.trained_in_full[adapter].items():
+        for name in record.trained_in_full[adapter]:
             if name in wanted:
                 raise DeloraError(f"two of the adapters {list(names)} trained {name!r} in full; activate one of them")
-            wanted[name] = parameter
+            wanted[name] = adapter
     changed = bool(record.base_values)
-    for name, parameter in record.base_values.items():
-        _set_parameter(module, name, parameter)
-    record.base_values = {}
-    for name, parameter in wanted.items() if record.enabled else ():
-        record.base_values[name] = module.get_parameter(name)
-        _set_parameter(module, name, parameter)
+    for name, value in record.base_values.items():
+        record.trained_in_full[record.in_place[name]][name] = value_of(module, name)
+        _set_value(module, name, value)
+    record.base_values, record.in_place = {}, wanted if record.enabled else {}
+    for name, adapter in record.in_place.items():
+        record.base_values[name] = value_of(module, name)
+        _set_value(module, name, record.trained_in_full[adapter][name])
     record.copy_fused_again(changed or bool(wanted))
 
 
-def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter in another's place, on the device and in the dtype the module has been moved to meanwhile."""
+def value_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of `module`."""
     owner, _, leaf = name.rpartition(".")
-    there = module.get_parameter(name)
+    value: Tensor = getattr(module.get_submodule(owner), leaf)
+    return value
+
+
+def _set_value(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a parameter or buffer in another's place, on the device and in the dtype the module has been moved to
+    meanwhile."""
+    owner, _, leaf = name.rpartition(".")
+    there = value_of(module, name)
     if there.is_meta:
         raise DeloraError(f"{name} is offloaded, and an adapter has its own value for it; choose before offloading")
-    parameter.data = parameter.data.to(there.device, there.dtype)
-    setattr(module.get_submodule(owner), leaf, parameter)
+    value.data = value.data.to(there.device, there.dtype)
+    setattr(module.get_submodule(owner), leaf, value)
 
 
 # ---- looking adapters up ------------------------------------------------------------------------

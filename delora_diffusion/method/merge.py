@@ -113,7 +113,22 @@ def _plan(module: nn.Module, record: Record, names: Sequence[str], *, scale: flo
             raise DeloraError(f"adapter {already[0]!r} is merged already; unmerge_delora first")
         if new:
             plan.append((path, linear, layer, {**layer.merged, **new}))
+    _check_untied(module, plan)
     return plan
+
+
+def _check_untied(module: nn.Module, plan: Plan) -> None:
+    """Refuse a weight that another layer has as well, such as an embedding's in an output layer."""
+    planned = {id(linear.weight): (path, linear) for path, linear, *_ in plan}
+    for name, part in module.named_modules():
+        for leaf, parameter in part._parameters.items():
+            path, linear = planned.get(id(parameter), ("", part))
+            if linear is not part:
+                raise DeloraError(
+                    f"{path} shares its weight with {name}.{leaf}, which merging would change as well; leave it out "
+                    f"of the adapter (exclude_modules), or give it a weight of its own and set tie_word_embeddings "
+                    f"to false"
+                )
 
 
 def _made_plain(module: nn.Module, plan: Plan, dequantize: bool) -> bool:
@@ -198,7 +213,7 @@ def _forget_base(module: nn.Module, record: Record) -> None:
     """Let the merged weights be the base from now on, and take all adapters out."""
     for _, layer in adapted_layers(module):
         layer.base_weight, layer.merged = None, {}
-    record.base_values = {}
+    record.base_values, record.in_place = {}, {}
     for full in record.trained_in_full.values():
         full.clear()
     remove_delora(module)

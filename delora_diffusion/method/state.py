@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import DeloraError
 from .config import DeloraConfig
 from .delora import INIT_TENSOR_NAMES, TENSOR_NAMES
-from .inject import delora_adapters, delora_layers, names_in_full, record_of
+from .inject import delora_adapters, delora_layers, names_in_full, record_of, value_of
 from .targets import target_linears
 from .weights import norms_off
 
@@ -39,7 +39,7 @@ def delora_state_dict(
             tensor = values.get(f"{name}{IN_MODULE}{adapter_name}.{leaf}", own).detach()
             scaled = at_current_weight and leaf.startswith("delora_lambda")
             tensors[f"{name}.{leaf}"] = tensor * adapter.delora_weight.to(tensor.device) if scaled else tensor
-    full = record_of(module).trained_in_full[adapter_name]
+    full = record_of(module).values_in_full(module, adapter_name)
     return tensors | {name: values.get(name, parameter).detach() for name, parameter in full.items()}
 
 
@@ -69,7 +69,7 @@ def check_fits(module: nn.Module, config: DeloraConfig, tensors: Mapping[str, Te
         if config.init_weights == "residual":
             shapes |= {f"{name}.{leaf}": size for leaf, size in zip(INIT_TENSOR_NAMES, sizes, strict=False)}
     full = names_in_full(module, config, targets)
-    _compare(module, shapes | {name: tuple(module.get_parameter(name).shape) for name in full}, tensors)
+    _compare(module, shapes | {name: tuple(value_of(module, name).shape) for name in full}, tensors)
 
 
 @torch.no_grad()
@@ -87,6 +87,8 @@ def load_delora_state_dict(
     """
     present = delora_state_dict(module, adapter_name)
     _compare(module, {name: tuple(tensor.shape) for name, tensor in present.items()}, tensors)
+    if other := [n for n, t in present.items() if tensors[n].is_floating_point() != t.is_floating_point()]:
+        raise DeloraError(f"{other[0]} is {tensors[other[0]].dtype}, not {present[other[0]].dtype}; it is damaged")
     off = _check_base(module, present, tensors) if check_base else None
     for name, tensor in present.items():
         tensor.copy_(tensors[name])

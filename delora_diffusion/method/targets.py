@@ -15,6 +15,10 @@ from .config import ALL_LINEAR, ATTENTION, PRESETS, DeloraConfig, DeloraConfigEr
 from .fused import PARTS, is_fused
 from .patterns import compiled, starts_of
 
+#: nn.MultiheadAttention's `out_proj`: it reads the weight without calling the layer, whose hooks never run.
+_NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
+#: Heads of transformers' classifiers, which a pretrained model comes without: random, so trained in full or not.
+_NEW_HEADS = ("score", "classifier")
 _ANY_CONTAINER = r"[^.]*"  # the first numbered one
 
 
@@ -29,6 +33,11 @@ def target_linears(module: nn.Module, config: DeloraConfig) -> dict[str, nn.Line
     for name, child in adaptable(module):
         if not is_target(config, name, child, module):
             continue
+        if isinstance(child, _NEVER_CALLED):
+            raise DeloraConfigError(
+                f"target_modules names {name!r}, whose weight nn.MultiheadAttention reads without calling the layer: "
+                f"an adapter would not act; leave it out with exclude_modules"
+            )
         if isinstance(child, nn.Linear):
             found[name] = child
         elif isinstance(config.target_modules, list) or next(child.children(), None) is None:
@@ -67,9 +76,12 @@ def is_target(config: DeloraConfig, name: str, child: nn.Module, root: nn.Module
     if any(within(saved, name) for saved in config.modules_to_save or ()):
         return False
     targets = ATTENTION if config.target_modules is None else config.target_modules
+    if isinstance(child, _NEVER_CALLED) and targets in (ALL_LINEAR, *PRESETS, *PRESETS.values()):
+        return False
     if targets == ALL_LINEAR:
         head = getattr(root, "get_output_embeddings", lambda: None)()
-        return isinstance(child, nn.Linear) and child is not head
+        new = hasattr(root, "base_model_prefix") and name.partition(".")[0] in _NEW_HEADS
+        return isinstance(child, nn.Linear) and child is not head and not new
     exact = isinstance(targets, list) and name in targets  # PEFT: a whole name needs no layer index
     return exact or (_named(targets, name) and _in_layers(config, name))
 
