@@ -32,6 +32,7 @@ from .method.config import DeloraConfig
 from .method.delora import DeloraLayer
 from .method.merge import MergeReport, merge_delora, unmerge_delora
 from .method.raw_state import is_raw_adapter_state, load_raw_adapter_state, raw_adapter_state
+from .method.saving import unguard_saving
 from .method.targets import with_targets
 from .reports.card import push_to_hub
 from .reports.model_card import write_model_card
@@ -62,7 +63,11 @@ class DeloraModel(nn.Module):
     _hf_peft_config_loaded = True
 
     def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> DeloraModel:
-        return in_front(DeloraModel, model.get_base_model() if isinstance(model, DeloraModel) else model)  # type: ignore[no-any-return]
+        joined: DeloraModel = in_front(
+            DeloraModel, model.get_base_model() if isinstance(model, DeloraModel) else model
+        )
+        unguard_saving(joined)  # it has a way of its own
+        return joined
 
     def __init__(self, model: nn.Module, config: DeloraConfig, adapter_name: str = "default") -> None:
         """Adapt `model`; `config.target_modules` None stands for the layers PEFT would take for its model type."""

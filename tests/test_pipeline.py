@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from delora_diffusion import (
@@ -35,6 +36,7 @@ from delora_diffusion import (
     write_adapter,
 )
 from delora_diffusion.adapters.sources import collect, components
+from delora_diffusion.errors import DeloraError
 from delora_diffusion.families import FamilyError
 from delora_diffusion.method.inject import delora_adapters, delora_layers
 
@@ -554,6 +556,33 @@ def test_load_pipeline_leaves_a_plain_pipeline_that_can_be_saved(
         each.set_progress_bar_config(disable=True)
     assert equal(bits(again), bits(pipe)) and np.array_equal(draw(again), draw(pipe))
     assert np.abs(draw(again) - draw(plain)).max() > 10
+
+
+def test_a_pipeline_is_saved_with_its_adapters_in_the_weights_or_not_at_all(
+    trained: Trained, own: Any, tmp_path: Path
+) -> None:
+    plain = bits(own)
+    load_delora_weights(own, trained(*BOTH, bias="all"), "dog")
+    for refused in (own, clone(own)):
+        with pytest.raises(DeloraError, match=r"dog would not be in what \w+.save_pretrained writes.*fuse_delora"):
+            refused.save_pretrained(tmp_path / "refused")
+    fuse_delora(own)
+    own.save_pretrained(tmp_path / "fused")
+    fused, expected = StableDiffusionPipeline.from_pretrained(tmp_path / "fused"), draw(own)
+    fused.set_progress_bar_config(disable=True)
+    assert anatomy(fused) != anatomy(own) and not [name for name in bits(fused) if "delora" in name]
+    assert np.array_equal(draw(fused), expected) and not equal(bits(fused), plain)
+    for component in BOTH:
+        files = (tmp_path / "fused" / component).glob("*.safetensors")
+        assert not [name for file in files for name in load_file(file) if "delora" in name]
+    assert np.array_equal(draw(own), expected) and list(bits(own)) != list(plain), "the adapters are still there"
+    unfuse_delora(own)
+    disable_delora(own)
+    own.save_pretrained(tmp_path / "disabled")
+    unload_delora_weights(own)
+    own.save_pretrained(tmp_path / "unloaded")
+    for name in ("disabled", "unloaded"):
+        assert equal(bits(StableDiffusionPipeline.from_pretrained(tmp_path / name)), plain)
 
 
 def test_load_pipeline_without_adapters_is_the_base(base: Path) -> None:

@@ -18,6 +18,7 @@ from .config import DeloraConfig
 from .delora import DeloraAdapter, DeloraLayer, add_update
 from .fused import Place, fused_places
 from .offloaded import runs_on, stored, written
+from .saving import guard_saving, unguard_saving
 from .stack import end_forward, start_forward
 from .targets import target_linears, within
 from .weights import column_norms, keep_unpacked, may_pack
@@ -101,6 +102,7 @@ def inject_delora(
     record.configs[adapter_name] = config
     record.trained_in_full[adapter_name] = full
     module._delora = record  # type: ignore[assignment]
+    guard_saving(module)
     update_hooks(module)
     set_delora_adapters(module, adapter_name)
     return list(targets)
@@ -188,6 +190,7 @@ def remove_delora(module: nn.Module, adapter_name: str | None = None) -> None:
             parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
         for part in record.unpacked:
             may_pack(part)
+        unguard_saving(module)
         del module._delora
 
 

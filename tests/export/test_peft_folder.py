@@ -172,10 +172,6 @@ def test_saved_modules_that_peft_would_look_for_in_vain_are_refused(tmp_path: Pa
     with pytest.raises(PeftFormatError, match=r"it expects lm_head\.weight in the file.*delora merge"):
         export_peft(module, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with_buffers = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12))
-    inject_delora(with_buffers, DeloraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
-    with pytest.raises(PeftFormatError, match=r"1\.running_mean"):
-        export_peft(with_buffers, tmp_path / "out")
 
 
 # ---- PEFT's opens in ours ------------------------------------------------------------------------
