@@ -17,6 +17,8 @@ from pathlib import Path
 from .adapters.read import read_adapter
 from .atomic import complete_file
 from .console import lasting_output, quiet_libraries
+from .data.config import MasksConfig
+from .data.make_masks import make_masks
 from .errors import USER_ERRORS, sentence_of
 from .evaluation.benchmark import benchmark
 from .evaluation.config import BenchmarkConfig, EvaluationConfig, MeasuringConfig
@@ -33,6 +35,9 @@ from .reports.inspect import as_json, as_table, inspect_adapter
 from .reports.inspect_plot import plot_inspections
 from .sampling.config import DrawingConfig, SamplingConfig
 from .sampling.sample import sample
+from .training.check_data import CheckDataConfig, OptionalModelConfig, check_data
+from .training.config import GROUPS
+from .training.diffusers_flags import DiffusersFlags
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +138,24 @@ def _verify(argv: Sequence[str]) -> None:
         )
 
 
+def _check_data(argv: Sequence[str]) -> None:
+    """what the trainer will make of photos: sizes, crops, captions, masks, twins; with the trainer's own options"""
+    title = "Say what the trainer will make of the photos, before training."
+    groups = (CheckDataConfig, OptionalModelConfig, *GROUPS[1:])
+    parsed = parse(argv, *groups, prog="delora check-data", description=title, translation=DiffusersFlags())
+    config, model, _, data, training, validation = parsed
+    print(check_data(config, model, data, seed=training.seed, trigger=validation.trigger_token))
+
+
+def _masks(argv: Sequence[str]) -> None:
+    """make masks of the subject for a folder of photos (needs the extra masks)"""
+    (config,) = parse(argv, MasksConfig, prog="delora masks", description="Make masks for a folder of photos.")
+    make_masks(config)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "check-data": _check_data,
+    "masks": _masks,
     "sample": _sample,
     "evaluate": _evaluate,
     "benchmark": _benchmark,

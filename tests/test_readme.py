@@ -115,6 +115,15 @@ def test_the_python_code_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) ->
         exec(compile(code.replace('beach")', 'beach", num_inference_steps=2)'), "README.md", "exec"), {})
 
 
+def test_the_data_check_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("samples", "train_scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    (command,) = commands("delora check-data")
+    assert delora(shlex.split(command)[1:]) == 0
+    assert Path("runs/spotted_dog_data.png").is_file()
+
+
 def test_the_sampling_command_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     (command,) = commands("delora sample --adapter")

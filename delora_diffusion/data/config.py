@@ -13,6 +13,19 @@ from .buckets import bucket_sizes
 RESAMPLINGS = ("lanczos", "bicubic", "bilinear", "hamming", "box", "nearest")
 
 
+@dataclass(frozen=True, kw_only=True)
+class MasksConfig:
+    """Masks."""
+
+    folder: str = option("", "folder with the photos; the masks are written beside them")
+    model: str = option("u2net", "rembg's model, which it downloads once: u2net, isnet-general-use, birefnet-general")
+    overwrite: bool = option(False, "make those anew that are there")
+
+    def __post_init__(self) -> None:
+        if not self.folder:
+            raise OptionError("folder is missing; give the folder with the photos")
+
+
 #: Where masks are from, see `masks.py`.
 MASKS = ("files", "alpha", "none")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DeloraError
 
@@ -128,7 +128,8 @@ def read_photo(path: Path) -> tuple[Image.Image, str]:
                 raise
             return _rgb(io.BytesIO(_without_texts(content))), digest
     except Exception as error:  # Pillow meets damage with nearly any: OSError, SyntaxError, struct.error, TypeError
-        raise DataError(f"cannot read the image {path}: {error}; replace it or take it out of the folder") from error
+        what = "it is in no format that is known" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"cannot read the image {path}: {what}; replace it or take it out of the folder") from error
 
 
 def _rgb(file: io.BytesIO) -> Image.Image:

@@ -47,6 +47,7 @@ class Example:
     """A photo, its caption, its weight in the loss, and the views of it that training chooses from.
 
     Attributes:
+        source: where the caption is from.
         orders: the caption in the orders that training chooses from, where it is shuffled.
         concept: the name of what it shows, where there are several.
         repeats: how often it comes in a pass.
@@ -56,6 +57,7 @@ class Example:
     path: Path
     caption: str
     weight: float
+    source: str = ""
     orders: tuple[str, ...] = ()
     concept: str = ""
     repeats: int = 1
@@ -104,12 +106,12 @@ def instance_examples(config: DataConfig, *, seed: int, trigger: str = "") -> li
     return [e for one in subjects for e in _examples(one, config, seed=seed, trigger=trigger)]
 
 
-def class_examples(config: DataConfig, *, seed: int) -> list[Example]:
+def class_examples(config: DataConfig, *, seed: int, drawn: bool = True) -> list[Example]:
     """Images of classes, weighing `prior_loss_weight`: those of concepts with that role, and with the prior the first
-    `num_class_images` of each folder of drawn ones."""
-    given, drawn = _class_concepts(config)
+    `num_class_images` of each folder of drawn ones, where these are wanted."""
+    given, folders = _class_concepts(config)
     found = [_examples(concept, config, seed=seed) for concept in given]
-    found += [_examples(concept, config, seed=seed, most=config.num_class_images) for concept in drawn]
+    found += [_examples(one, config, seed=seed, most=config.num_class_images) for one in folders if drawn]
     return [replace(e, weight=e.weight * config.prior_loss_weight) for some in found for e in some]
 
 
@@ -151,7 +153,8 @@ def _examples(
         tell_unused(folder, [*paths, *files.values()], captions)
     words = triggers_of(config) | {"trigger": concept.trigger or trigger}
     texts = {path: with_triggers(captions.texts[path], words, where=path) for path in paths[:most]}
-    return [_example(path, text, concept, config, seed=seed, masks=files) for path, text in texts.items()]
+    found = [_example(path, text, concept, config, seed=seed, masks=files) for path, text in texts.items()]
+    return [replace(example, source=captions.sources[example.path]) for example in found]
 
 
 def tell_unused(folder: Path, paths: Sequence[Path], captions: Captions) -> None:
