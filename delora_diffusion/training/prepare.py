@@ -32,7 +32,7 @@ from ..families import Conditioning, check_sizes
 from ..sampling.generate import Prompts
 from ..sampling.offload import components_on
 from .check import Checked
-from .class_images import draw_class_images, missing_class_images
+from .class_images import draw_class_images, missing_batches
 from .config import Options
 from .initial import lineage
 from .loss import Examples
@@ -304,7 +304,8 @@ def _draw_classes(
         "guidance_scale": validation.validation_guidance_scale,
         "num_inference_steps": validation.validation_num_inference_steps,
     }
-    missing = {folder: missing_class_images(Path(folder), data.num_class_images) for folder in data.class_prompts}
+    count, size = data.num_class_images, data.sample_batch_size
+    missing = {folder: missing_batches(Path(folder), count, size) for folder in data.class_prompts}
     accelerator.wait_for_everyone()  # every process has seen the same files
     with components_on(pipe, accelerator.device, offload=validation.enable_model_cpu_offload, staying=staying):
         for folder, prompt in data.class_prompts.items():
@@ -315,10 +316,9 @@ def _draw_classes(
                 missing[folder][accelerator.process_index :: accelerator.num_processes],
                 seed=options.training.seed,
                 settings=settings,
-                batch_size=data.sample_batch_size,
                 progress=lambda batches: tqdm(batches, desc="class images", disable=not main or not len(batches)),
             )
-            log.info("drew %d class images into %s", len(missing[folder]), folder)
+            log.info("drew %d batches of class images into %s", len(missing[folder]), folder)
     accelerator.wait_for_everyone()
 
 

@@ -25,7 +25,7 @@ from delora_diffusion.families import Conditioning, family_of
 from delora_diffusion.sampling.generate import Prompts
 from delora_diffusion.training import prepare as stages
 from delora_diffusion.training.check import check
-from delora_diffusion.training.class_images import draw_class_images, missing_class_images
+from delora_diffusion.training.class_images import draw_class_images, missing_batches
 from delora_diffusion.training.config import AdapterConfig, Options, TrainingConfig, ValidationConfig
 
 from ..runs import Run
@@ -150,8 +150,8 @@ def test_class_images_are_those_that_the_whole_pipeline_draws(photos: Path, tmp_
     prior = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 3}
     made, whole = prepared(model, photos, class_data_dir=str(folders[0]), **prior)
     settings = {"height": 16, "width": 16, "num_inference_steps": 2}
-    missing = missing_class_images(folders[1], 3)
-    draw_class_images(whole, folders[1], Prompts(texts=["a dog"]), missing, seed=0, settings=settings, batch_size=4)
+    batches = missing_batches(folders[1], 3, 4)
+    draw_class_images(whole, folders[1], Prompts(texts=["a dog"]), batches, seed=0, settings=settings)
     pictures = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in folders]
     assert pictures[0] == pictures[1] and len(pictures[0]) == len(made.classes) == 3
     assert all(example.key(view) in made.latents for example in made.classes for view in example.views)
@@ -164,7 +164,7 @@ def test_what_a_killed_run_left_among_class_images_is_none(photos: Path, tmp_pat
     for path in (scrap / "class_00001.png", folder / ".class_00001.png"):
         path.write_bytes((photos / "00.png").read_bytes())
     scrap.with_suffix(".lock").touch()
-    assert missing_class_images(folder, 2) == [(0, "class_00000.png"), (1, "class_00001.png")]
+    assert missing_batches(folder, 2, 4) == [[(0, "class_00000.png"), (1, "class_00001.png")]]
     prior = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
     made, _ = prepared(saved("sd", tmp_path), photos, class_data_dir=str(folder), **prior)
     assert [example.path.name for example in made.classes] == ["class_00000.png", "class_00001.png"]
@@ -184,13 +184,28 @@ def test_a_late_process_draws_its_share_of_class_images(
 
     folder.mkdir()
     late = SimpleNamespace(**vars(ACCELERATOR) | {"process_index": 1, "num_processes": 2, "wait_for_everyone": wait})
-    monkeypatch.setattr(stages, "draw_class_images", lambda pipe, where, prompt, missing, **kw: drawn.extend(missing))
+    monkeypatch.setattr(stages, "draw_class_images", lambda pipe, where, prompt, batches, **kw: drawn.extend(batches))
     data = DataConfig(instance_data_dir=str(photos), resolution=16, with_prior_preservation=True, num_class_images=4,
-                      class_data_dir=str(folder), class_prompt="a dog")  # fmt: skip
+                      sample_batch_size=1, class_data_dir=str(folder), class_prompt="a dog")  # fmt: skip
     options = SimpleNamespace(data=data, validation=ValidationConfig(), training=TrainingConfig())
     monkeypatch.setattr(stages, "components_on", lambda *args, **kwargs: contextlib.nullcontext())
     stages._draw_classes(None, SimpleNamespace(of_class=Prompts(texts=["a dog"])), options, late, staying=[])  # type: ignore[arg-type]
-    assert drawn == [(1, "class_00001.png"), (3, "class_00003.png")]
+    assert drawn == [[(1, "class_00001.png")], [(3, "class_00003.png")]]
+
+
+def test_a_picture_that_is_drawn_after_a_kill_is_the_one_drawn_before_it(photos: Path, tmp_path: Path) -> None:
+    """In the same company: rounding depends on the size of a batch."""
+    pipe, folder = load_base(saved("sd", tmp_path), precision="no"), tmp_path / "class"
+    settings = {"height": 16, "width": 16, "num_inference_steps": 2}
+    pictures = []
+    for lost in ([0, 1, 2, 3, 4], [2], [1, 4]):
+        for number in lost:
+            (folder / f"class_{number:05d}.png").unlink(missing_ok=True)
+        batches = missing_batches(folder, 5, 3)
+        assert batches[0] == [(number, f"class_{number:05d}.png") for number in range(3)]
+        draw_class_images(pipe, folder, Prompts(texts=["a dog"]), batches, seed=0, settings=settings)
+        pictures.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert len(pictures[0]) == 5 and pictures[0] == pictures[1] == pictures[2]
 
 
 def test_captions_of_class_images_that_are_there_are_encoded(photos: Path, tmp_path: Path) -> None:
