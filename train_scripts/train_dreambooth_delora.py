@@ -35,6 +35,7 @@ from delora_diffusion.training import loop, memory
 from delora_diffusion.training.adapt import adapt
 from delora_diffusion.training.best import Best, preview_protocol, preview_scorer
 from delora_diffusion.training.check import Checked, check
+from delora_diffusion.training.checkpoint import keep_newest
 from delora_diffusion.training.config import GROUPS, Options
 from delora_diffusion.training.diffusers_flags import DiffusersFlags
 from delora_diffusion.training.log import LOG_STEPS, TrainingLog, due
@@ -127,6 +128,8 @@ def train(
     )
     optimizer, parameters = accelerator.prepare(state.optimizer), list(state.parameters.values())
     resumed = resume(state, modules, options)
+    if main and training.resume_from_checkpoint == "latest":  # a killed run had no time to delete one too many
+        keep_newest(previews.run.path, training.checkpoints_total_limit)
     loop.announce(accelerator, modules, examples, state, options, resumed)
     run_log = TrainingLog(
         previews.run.log if main else None, state.step, total=training.max_train_steps, losses=state.unlogged,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -122,6 +123,17 @@ def test_the_checkpoints_written_last_are_kept_and_the_latest_is_the_last_of_the
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-30", "checkpoint-60"]
     keep_newest(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-30"]
+
+
+def test_a_checkpoint_that_a_killed_run_had_no_time_to_delete_goes_when_it_is_resumed(
+    run: Run, started: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(started, tmp_path / "out")
+    out = run(
+        "out", "--use_ema", "--resume_from_checkpoint=latest", "--checkpoints_total_limit=1", "--max_train_steps=6"
+    )
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert same(tensors(started), tensors(out))
 
 
 def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
