@@ -12,8 +12,8 @@ from ..data.captions import THE_PROMPT, read_captions
 from ..data.image_files import DataError, find_images
 from ..data.photos import tell_unused
 from ..data.prompts import has_token
+from ..sampling.manifest import MANIFEST, manifest_lines
 
-MANIFEST = "manifest.jsonl"
 #: What two images differ in that are compared for drift; all else in their manifest lines must be equal.
 _OF_THE_ADAPTER = ("file", "adapter", "adapter_hash", "strength")
 
@@ -79,12 +79,10 @@ def read_pictures(source: Path) -> list[Picture]:
             raise DataError(f"images {source} does not exist; give a folder, or a manifest of `delora sample`")
         return [Picture(path, {}) for path in find_images(source, option="images")]
     pictures = []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            settings = json.loads(line)
-            path, _ = manifest.parent / settings["file"], settings["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{manifest} line {number} is no line of `delora sample`: {line[:80]}") from error
+    for number, line, settings in manifest_lines(manifest):
+        if settings is None or "prompt" not in settings:
+            raise DataError(f"{manifest} line {number} is no line of `delora sample`: {line[:80]}")
+        path = manifest.parent / settings["file"]
         if not path.is_file():
             raise DataError(f"{manifest} line {number} lists {path.name}, which is missing; run `delora sample` again")
         pictures.append(Picture(path, settings))

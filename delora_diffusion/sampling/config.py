@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..base.config import BASE_QUANTIZATION, DTYPES, QUANTIZATIONS, SINGLE_FILE_CONFIG, TEXT_ENCODER_QUANTIZATION
 from ..base.speed import COMPILE
-from ..option_checks import check_ranges, refuse_repeats
+from ..option_checks import check_ranges
 from ..options import OptionError, option
 
 #: Short names of samplers, as A1111 and ComfyUI users know them, and diffusers' classes.
@@ -58,7 +58,6 @@ class DrawingConfig:
         if not self.seeds or not self.strengths:
             raise OptionError("seeds and strengths need at least one value each")
         check_ranges(self)
-        refuse_repeats(self, "seeds", "strengths")
         if self.device and not re.fullmatch(r"[a-z]+(:\d+)?", self.device):
             raise OptionError(f"device is {self.device!r}; give cuda, cuda:1, mps, cpu, or leave it out")
 
@@ -88,4 +87,3 @@ class SamplingConfig:
                 "nothing to draw with; give --adapter, or --pretrained_model_name_or_path for the base alone"
             )
         check_ranges(self)
-        refuse_repeats(self, "adapter")

@@ -30,17 +30,22 @@ from ..base.config import ModelConfig
 from ..base.load import half_precision, load_base
 from ..base.quantise import check_installed, quantise_pipeline
 from ..base.speed import compile_blocks
+from ..data.image_files import is_image, some_of
 from ..data.prompts import read_prompts
 from ..families import check_sizes, family_of
+from ..options import OptionError
 from ..pipeline import load_delora_weights, set_adapters
 from ..run_folder import SHEET_NAME
 from ..seeds import derived_seed
 from .config import DrawingConfig, SamplingConfig
 from .contact_sheet import contact_sheet
 from .generate import Prompts, generate, quiet, set_sampler
+from .manifest import MANIFEST, read_manifest, write_manifest
 from .offload import components_on
 
 log = logging.getLogger(__name__)
+SIDE = 40  # rows and columns of a contact sheet, before it goes on on another page
+_DRAWN = re.compile(rf"{Path(SHEET_NAME).stem}(_\d+)?\.png|[a-z0-9-]+_\d+_[0-9a-f]{{10}}\.png")
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ def sample(config: SamplingConfig, drawing: DrawingConfig) -> Path:
     out, jobs = Path(config.output_dir), planned.jobs
     out.mkdir(parents=True, exist_ok=True)
     clear_scraps(out)
+    check_own(out)
+    rows = read_manifest(out) if state.is_main_process else {}
     missing = [job for job in jobs if not _is_picture(out / job.file)]
     if state.is_main_process:
         there = len(jobs) - len(missing)
@@ -91,13 +98,26 @@ def sample(config: SamplingConfig, drawing: DrawingConfig) -> Path:
         state.wait_for_everyone()
     finally:
         if state.is_main_process:
-            write_manifest(out, jobs)
-    sheet = out / SHEET_NAME
+            write_manifest(out, rows | {job.file: {"file": job.file, **job.settings} for job in jobs})
     if state.is_main_process:
-        with complete_file(sheet) as aside:
-            sheet_of(out, jobs).save(aside)
+        _write_sheets(out, jobs)
     state.wait_for_everyone()
-    return sheet
+    return out / SHEET_NAME
+
+
+def check_own(out: Path) -> None:
+    """Refuse a folder of other images, such as the photos: what is drawn there would be trained on next time.
+
+    Raises:
+        OptionError: it holds images, and no manifest or name says that they were drawn here.
+    """
+    if (out / MANIFEST).is_file():
+        return
+    others = sorted(path.name for path in out.iterdir() if is_image(path) and not _DRAWN.fullmatch(path.name))
+    if others:
+        raise OptionError(
+            f"output_dir {out} holds images that delora sample did not draw ({some_of(others)}); give another folder"
+        )
 
 
 def processes(device: str | None) -> Any:
@@ -157,30 +177,40 @@ def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
     return Plan(adapters=adapters, base=base, precision=precision, jobs=once)
 
 
-def write_manifest(out: Path, jobs: Sequence[Job]) -> None:
-    """One JSON line for every image that is there: those of `jobs`, after those of earlier runs."""
-    path = out / "manifest.jsonl"
-    rows: dict[str, Any] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], start=1):
-        try:
-            row = json.loads(line)
-            rows[str(row["file"])] = row
-        except (ValueError, KeyError, TypeError, RecursionError):
-            log.warning("%s line %d is no line of delora sample and is left out: %s", path, number, line[:80])
-    rows |= {job.file: {"file": job.file, **job.settings} for job in jobs}
-    present = [json.dumps(row, ensure_ascii=False) for name, row in rows.items() if (out / name).is_file()]
-    with complete_file(path) as aside:
-        aside.write_text("".join(f"{line}\n" for line in present), encoding="utf-8")
+def sheets_of(out: Path, jobs: Sequence[Job], *, cell: int = 192) -> Iterator[Image.Image]:
+    """The images of `jobs` on grids: a row for each prompt, a column for each adapter, strength and seed.
+
+    Where there are more than `SIDE` of either, they go on on further pages.
+    """
+    rows: dict[str, list[Job]] = {}
+    for job in jobs:
+        rows.setdefault(job.settings["prompt"], []).append(job)
+    first = next(iter(rows.values()))
+    varied = [key for key in ("adapter", "strength", "seed") if len({job.settings[key] for job in first}) > 1]
+    columns = [", ".join(_label(job.settings, key) for key in varied) for job in first]
+    prompts = list(rows)
+    for top, left in itertools.product(range(0, len(prompts), SIDE), range(0, len(first), SIDE)):
+        shown = [(prompt, rows[prompt][left : left + SIDE]) for prompt in prompts[top : top + SIDE]]
+        yield contact_sheet(
+            [[_opened(out / job.file, cell) for job in row] for _, row in shown],
+            row_labels=[prompt for prompt, _ in shown],
+            row_names=[row[0].file if row else "" for _, row in shown],
+            column_labels=columns[left : left + SIDE] if varied else (),
+            cell=cell,
+        )
 
 
-def sheet_of(out: Path, jobs: Sequence[Job], *, cell: int = 192) -> Image.Image:
-    """The images of `jobs` on a grid: a row for each prompt, a column for each adapter, strength and seed."""
-    prompts = list(dict.fromkeys(job.settings["prompt"] for job in jobs))
-    rows = [[job for job in jobs if job.settings["prompt"] == prompt] for prompt in prompts]
-    images = [[_opened(out / job.file, cell) for job in row] for row in rows]
-    varied = [key for key in ("adapter", "strength", "seed") if len({job.settings[key] for job in rows[0]}) > 1]
-    columns = [", ".join(_label(job.settings, key) for key in varied) for job in rows[0]]
-    return contact_sheet(images, row_labels=prompts, column_labels=columns if varied else (), cell=cell)
+def _write_sheets(out: Path, jobs: Sequence[Job]) -> None:
+    """Write the pages, the first as contact_sheet.png, and take away those of an earlier run that are no longer."""
+    name = Path(SHEET_NAME)
+    stale = {path.name for path in out.glob(f"{name.stem}_*{name.suffix}") if re.fullmatch(r".*_\d+", path.stem)}
+    for number, page in enumerate(sheets_of(out, jobs), start=1):
+        path = out / (SHEET_NAME if number == 1 else f"{name.stem}_{number}{name.suffix}")
+        stale.discard(path.name)
+        with complete_file(path) as aside:
+            page.save(aside)
+    for left in stale:
+        (out / left).unlink()
 
 
 def _is_picture(path: Path) -> bool:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from delora_diffusion.sampling.contact_sheet import contact_sheet
+from delora_diffusion.sampling.contact_sheet import LARGEST, contact_sheet
+from delora_diffusion.sampling.fonts import _font_for, font_for
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -99,3 +100,34 @@ def test_images_of_other_modes_are_drawn_as_rgb() -> None:
 
 def test_a_sheet_of_nothing_is_still_a_picture() -> None:
     assert min(contact_sheet([]).size) > 0 and min(contact_sheet([[None]]).size) >= 96
+
+
+def test_a_sheet_of_very_many_pictures_stays_one_that_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LARGEST * 1.1 < Image.MAX_IMAGE_PIXELS  # type: ignore[operator]
+    monkeypatch.setattr("delora_diffusion.sampling.contact_sheet.LARGEST", 100_000)
+    sheet = contact_sheet([[plain(RED)] * 8] * 6)
+    assert 80_000 <= sheet.width * sheet.height <= 110_000
+    assert contact_sheet([[plain(RED)] * 2]).size == contact_sheet([[plain(RED)] * 2], cell=100).size
+
+
+def test_a_label_in_another_script_is_drawn_with_a_font_that_has_it() -> None:
+    for text in ("собака на снегу", "süße Hündin", "雪の中の犬", "a dog"):
+        font = font_for(text, 17)
+        if font is None:  # no such font on this system
+            continue
+        looks = {letter: bytes(font.getmask(letter)) for letter in set(text) - {" "}}
+        assert len(set(looks.values())) == len(looks), "no two letters are the same box"
+        labelled = contact_sheet([[plain(RED)]], row_labels=[text])
+        assert labelled.tobytes() != contact_sheet([[plain(RED)]], row_labels=["row 1"]).tobytes()
+
+
+def test_a_label_that_no_font_has_gives_way_to_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("delora_diffusion.sampling.fonts._system_fonts", lambda: ())
+    _font_for.cache_clear()
+    try:
+        named = contact_sheet([[plain(RED)]], row_labels=["雪の中の犬"], row_names=["image_0.png"])
+        numbered = contact_sheet([[plain(RED)]], row_labels=["雪の中の犬"])
+        assert named.tobytes() == contact_sheet([[plain(RED)]], row_labels=["image_0.png"]).tobytes()
+        assert numbered.tobytes() == contact_sheet([[plain(RED)]], row_labels=["row 1"]).tobytes()
+    finally:
+        _font_for.cache_clear()

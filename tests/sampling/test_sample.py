@@ -200,9 +200,9 @@ def test_what_is_named_twice_is_drawn_once_and_what_is_no_picture_again(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--height=-8"], "height is -8; it must be at least 1"),
-        (["--width=0"], "width is 0; it must be at least 1"),
-        ([f"--seeds={2**64}"], "seeds hold 18446744073709551616; a seed is at least 0 and below 2^64"),
+        (["--height=-8"], "height is -8; it must be at least 8"),
+        (["--width=0"], "width is 0; it must be at least 8"),
+        ([f"--seeds={2**64}"], "seeds is 18446744073709551616; it must be at least 0 and below 18446744073709551616"),
     ],
 )
 def test_sizes_and_seeds_that_cannot_be_are_refused(flags: list[str], said: str, capsys: Any) -> None:
