@@ -158,6 +158,8 @@ class DeloraConfig:
     def from_dict(cls, values: dict[str, Any]) -> DeloraConfig:
         """The inverse of `to_dict`. An unknown key is an error that names the nearest known one."""
         known = [f.name for f in dataclasses.fields(cls)]
+        if not isinstance(values, dict):
+            raise DeloraConfigError(f"a configuration is {{field: value}}, not {_shown(values)}")
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
@@ -168,7 +170,11 @@ class DeloraConfig:
     @classmethod
     def from_json(cls, text: str) -> DeloraConfig:
         """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DeloraConfigError(f"the configuration is not JSON: {error}") from error
+        return cls.from_dict(values)
 
     def to_peft(self) -> Any:
         """PEFT's own `DeloraConfig` of the same fields. What is adapted with it (as by trl's `peft_config=`) runs

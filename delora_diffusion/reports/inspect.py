@@ -180,7 +180,8 @@ def as_table(inspections: Sequence[Inspection]) -> str:
         lines.append("  ".join([f"{component:{width}}", *(_cells(_HEADINGS, title) for title in titles)]).rstrip())
         lines += ["  ".join([f"{name:{width}}", *(_row(row.get(name)) for row in rows)]).rstrip() for name in names]
         lines += ["  ".join([f"{'all':{width}}", *(_total(row) for row in rows)]).rstrip(), ""]
-    return "\n".join(lines).rstrip() + "\n"
+    text = "\n".join(lines).rstrip()  # texts of a file, which could steer a terminal
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text) + "\n"
 
 
 def _cells(values: Sequence[str], title: str = "") -> str:

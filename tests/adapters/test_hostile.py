@@ -20,6 +20,7 @@ from delora_diffusion import (
     Adapter,
     AdapterFileError,
     DeloraConfig,
+    DeloraConfigError,
     DeloraModel,
     export_lora,
     export_peft,
@@ -29,6 +30,7 @@ from delora_diffusion import (
     write_adapter,
 )
 from delora_diffusion.adapters.sources import collect
+from delora_diffusion.reports.inspect import as_table, inspect_adapter
 from delora_diffusion.run_folder import ADAPTER_NAME
 
 from .. import tiny
@@ -255,3 +257,15 @@ def test_no_adapter_can_be_written_outside_its_folder(adapter: Adapter, tmp_path
     assert "holds several adapters, such as checkpoint-5; give the folder of one" in refusal(tmp_path / "several")
     assert read_adapter(tmp_path / "several" / "checkpoint-5").tensors.keys() == {"unet"}
     assert not (tmp_path / ADAPTER_NAME).exists()
+
+
+def test_texts_of_a_file_cannot_steer_a_terminal(adapter: Adapter, tmp_path: Path) -> None:
+    spoiled = dataclasses.replace(adapter, provenance={"instance_prompt": "\x1b[2J\x07\x9b31m\u202edog é"})
+    table = as_table([inspect_adapter(read_adapter(write_adapter(tmp_path, spoiled)), "x")])
+    assert all(c.isprintable() or c == "\n" for c in table) and r"\x1b[2J\x07\x9b31m\u202edog é" in table
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "{", "[" * 100_000, '{"r": ' * 50_000], ids=lambda text: text[:7])
+def test_a_configuration_that_is_none_is_told(text: str) -> None:
+    with pytest.raises(DeloraConfigError, match="configuration is"):
+        DeloraConfig.from_json(text)
