@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from delora_diffusion.training.log import LOG_STEPS, TrainingLog, due
 from delora_diffusion.training.output import clear_output, only_run
 from delora_diffusion.training.prepare import Prepared, content_of, examples_of, prepare, provenance_of
 from delora_diffusion.training.preview import Previews
-from delora_diffusion.training.processes import watched
+from delora_diffusion.training.processes import by_main, watched
 from delora_diffusion.training.results import save_result, write_results, write_settings
 from delora_diffusion.training.state import (
     Interrupted,
@@ -86,17 +87,17 @@ def run(options: Options, accelerator: Accelerator) -> Path:
         size=options.data.resolution, seed=options.training.seed,
         starts_as_base=options.adapter.init_weights != "kaiming" and checked.initial is None,
     )  # fmt: skip
-    if scorer is not None:
-        previews.best = keeper(scorer, previews, modules, provenance, accelerator)
+    denoiser = modules[checked.family.denoiser]
+    best = partial(keeper, scorer, previews, modules, provenance, accelerator)
+    previews.best = by_main(accelerator, denoiser, lambda: best() if scorer else None)
 
     # ---- the loop
     steps = train(checked, base, modules, previews, provenance, accelerator)
 
     # ---- finish
-    if main:
-        write_results(checked, modules, previews, steps, accelerator)
-        if options.training.push_to_hub:
-            log.info("uploaded to %s", push_to_hub(out.path, options.training.hub_model_id))
+    by_main(accelerator, denoiser, lambda: write_results(checked, modules, previews, steps, accelerator))
+    if main and options.training.push_to_hub:
+        log.info("uploaded to %s", push_to_hub(out.path, options.training.hub_model_id))
     with optional("last word to the tracker"):
         accelerator.end_training()
     return out.path

@@ -20,6 +20,7 @@ from ..data.prompts import read_prompts
 from ..families import Family, check_trainable
 from ..method.config import DeloraConfig
 from ..method.targets import target_linears
+from ..options import OptionError
 from ..reports.card import check_login
 from .adapt import check_ranks, denoiser_config, text_encoder_config
 from .config import Options
@@ -91,6 +92,8 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
         check_ranks(linears, config)
     if options.adapter.train_text_encoder:
         text_encoder_config(options.adapter, ())  # its layers are not there yet, what is wrong in itself is
+    if training.shard_base:
+        _check_sharding(options, accelerator.num_processes)
     swapped_blocks(denoiser, family, training.blocks_to_swap)
     sampling = TimestepSampling(
         kind=training.timestep_sampling,
@@ -139,3 +142,25 @@ def begin(model: ModelConfig, family: Family, *, precision: str) -> Any:
         return load_base(model, precision=precision)
     absent = dict.fromkeys(("vae", *family.text_encoders))
     return load_base(model, precision=precision, given=absent | {family.denoiser: outline(model, family.denoiser)})
+
+
+def _check_sharding(options: Options, processes: int) -> None:
+    """Refuse what does not go with a base that is shared out.
+
+    Raises:
+        OptionError: what, and why.
+    """
+    adapter = options.adapter
+    if processes == 1:
+        raise OptionError(
+            "shard_base shares the base out over processes, and this is one; start several, e.g. with "
+            "torchrun --nproc_per_node 2, or leave it out"
+        )
+    reasons = {
+        "base_quantization": (options.model.base_quantization != "none", "quantised weights cannot be cut into parts"),
+        "train_text_encoder": (adapter.train_text_encoder, "text encoders are whole on every process"),
+        "bias": (adapter.bias != "none", "biases that are trained would be in parts"),
+    }
+    for name, (given, reason) in reasons.items():
+        if given:
+            raise OptionError(f"shard_base does not go with {name}: {reason}; leave one of them out")

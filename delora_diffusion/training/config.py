@@ -100,6 +100,11 @@ class TrainingConfig:
         within="[0, inf)",
         resume="free",
     )
+    shard_base: bool = option(
+        False,
+        "share the frozen denoiser out over all processes: each holds a part, and the whole of one block at a time",
+        resume="free",
+    )
     estimate_memory: bool | None = option(
         None, "say first what every phase will take of the device's memory; unset: where there is a GPU", resume="free"
     )
@@ -193,6 +198,11 @@ class TrainingConfig:
             raise OptionError(
                 "blocks_to_swap is for gradient_checkpointing, which calls a block again when its weights are needed "
                 "again; give both, or neither"
+            )
+        if self.shard_base and (self.blocks_to_swap or self.compile):
+            raise OptionError(
+                "shard_base does not go with blocks_to_swap or compile: blocks come from other processes, where they "
+                "are neither in the host's memory nor compiled with their weights; leave these out"
             )
         if self.blocks_to_swap and self.compile:
             raise OptionError(

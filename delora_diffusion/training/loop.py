@@ -28,7 +28,7 @@ from ..options import OptionError
 from ..seeds import derived_seed
 from .config import Options, TrainingConfig
 from .log import LOG_STEPS
-from .loss import Examples, Pick, batch_loss, picks
+from .loss import Examples, Pick, batch_loss, passes_of, picks
 from .optimizer import ema_update, relative_gradients
 from .state import Modules, TrainingError, TrainingState
 
@@ -76,12 +76,20 @@ def step_gradients(
     total_weight = sum(p.example.weight for place in whole for p in place)
     total = torch.zeros((), device=accelerator.device)
     for micro in range(training.gradient_accumulation_steps):
-        first = (micro * world + rank) * size
-        batch = [p for place in whole[first : first + size] for p in place]
+        starts = [(micro * world + process) * size for process in range(world)]
+        batches = [[p for place in whole[first : first + size] for p in place] for first in starts]
+        counts = zip(*map(passes_of, batches), strict=True) if training.shard_base else ((0,), (0,))
+        adapted, of_base = map(max, counts)  # parts of the weights come from processes that run the same passes
         torch.manual_seed(derived_seed(training.seed, "dropout", step, micro, rank))
         with accelerator.autocast():
             loss = batch_loss(
-                batch, examples, denoiser, objective, total_weight=total_weight, snr_gamma=training.snr_gamma
+                batches[rank],
+                examples,
+                denoiser,
+                objective,
+                total_weight=total_weight,
+                snr_gamma=training.snr_gamma,
+                passes=(adapted, of_base),
             )
         accelerator.backward(loss)
         total += loss.detach()

@@ -112,6 +112,7 @@ def batch_loss(
     *,
     total_weight: float,
     snr_gamma: float | None = None,
+    passes: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """The part of a step's loss that falls on `batch`: sum_i weight_i |prediction_i - target_i|^2 / total_weight.
 
@@ -119,6 +120,8 @@ def batch_loss(
 
     Args:
         total_weight: summed example weights of the whole step, over all batches and processes.
+        passes: how many forward passes to run at least, of the adapted model and of the base: as `passes_of` counts
+            them. Further ones are of one picture and add nothing to the loss.
     """
     sizes = dict.fromkeys(p.view.size for p in batch)
     losses = []
@@ -127,7 +130,18 @@ def batch_loss(
         errors, t = _errors(places, examples, denoiser, objective)
         weight = torch.tensor([p.example.weight for p in places]) * objective.snr_weight(t, snr_gamma)
         losses.append((weight.to(errors.device) * errors).sum())
+    adapted, of_base = passes_of(batch)
+    for _ in range(adapted, passes[0]):
+        losses.append(_errors(batch[:1], examples, denoiser, objective)[0].sum() * 0)
+    for _ in range(of_base, passes[1]):
+        with torch.no_grad():
+            _errors(batch[:1], examples, denoiser, objective)
     return torch.stack(losses).sum() / total_weight
+
+
+def passes_of(batch: Sequence[Pick]) -> tuple[int, int]:
+    """How many forward passes a batch takes: of the adapted model, and of the base for what is preserved."""
+    return len({p.view.size for p in batch}), len({p.view.size for p in batch if p.preserved})
 
 
 def _errors(

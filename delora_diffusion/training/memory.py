@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,7 @@ class Plan:
     text_adapter: DeloraConfig | None  # None: text encoders are not trained
     precision: str  # accelerate's mixed precision
     like_cuda: bool = True
+    processes: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,6 +79,7 @@ def plan_of(checked: Checked, accelerator: Accelerator) -> Plan:
         text_adapter=text,
         precision=accelerator.mixed_precision,
         like_cuda=accelerator.device.type == "cuda",
+        processes=accelerator.num_processes,
     )
 
 
@@ -118,7 +121,7 @@ def estimate(plan: Plan) -> list[Phase]:
         return {**resident, **moving, "VAE": vae_weights, "work": max(decode, predict)}
 
     if data.with_prior_preservation:
-        fixed, moving = ({"denoiser": weights}, 0) if training.blocks_to_swap else ({}, weights)
+        fixed, moving = ({"denoiser": weights}, 0) if training.blocks_to_swap or training.shard_base else ({}, weights)
         phases.append(
             Phase("class images", drawing(min(data.sample_batch_size, data.num_class_images), fixed, moving))
         )
@@ -154,7 +157,12 @@ def size_of(module: nn.Module, dtype: torch.dtype, kind: str = "none") -> int:
 
 
 def _waiting(plan: Plan, denoiser: nn.Module) -> int:
-    """Bytes of the denoiser that are not on the device: those of swapped blocks, but for their places there."""
+    """Bytes of the denoiser that are not on the device: those of swapped blocks, but for their places there, or the
+    parts that other processes hold, but for two whole blocks and what is in no block."""
+    if plan.options.training.shard_base:
+        named = [part for name, part in denoiser.named_modules() if re.fullmatch(plan.family.blocks, name)]
+        whole, parts = size_of(denoiser, plan.dtype), [size_of(block, plan.dtype) for block in named]
+        return max(0, sum(parts) - whole // plan.processes - 2 * max(parts))
     blocks = swapped_blocks(denoiser, plan.family, plan.options.training.blocks_to_swap).values()
     kind, dtype = plan.options.model.base_quantization, plan.dtype
     small: dict[nn.Module, int] = {x: quantised_bytes(x, kind, dtype) for _, x in quantisable(denoiser)}

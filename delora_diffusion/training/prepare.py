@@ -11,6 +11,7 @@ import logging
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,13 +23,14 @@ from tqdm import tqdm
 from ..base.config import ModelConfig
 from ..base.load import load_base
 from ..base.quantise import quantise
+from ..base.shard import shard
 from ..base.single_file import is_single_file
 from ..base.speed import to_channels_last
 from ..base.swap import swap_blocks, swapped_blocks
 from ..data.buckets import bucket_sizes
 from ..data.encode import Cache, Encoded, cache_latents, cache_negative, cache_prompts, fingerprint
 from ..data.photos import Example, class_captions, class_examples
-from ..families import Conditioning, check_sizes
+from ..families import Conditioning, check_sizes, family_of
 from ..sampling.generate import Prompts
 from ..sampling.offload import components_on
 from .check import Checked
@@ -36,7 +38,7 @@ from .class_images import draw_class_images, missing_batches
 from .config import Options
 from .initial import lineage
 from .loss import Examples
-from .processes import from_main, spread
+from .processes import by_main, from_main, spread
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -129,13 +131,16 @@ def prepare(checked: Checked, accelerator: Accelerator) -> Prepared:
     quantise(denoiser, options.model.base_quantization, accelerator.device, home)
     if blocks := swapped_blocks(denoiser, family, options.training.blocks_to_swap):
         swap_blocks(denoiser, list(blocks.values()), accelerator.device)
+    if options.training.shard_base:
+        shard(denoiser, family, accelerator)
+    settled = bool(blocks) or options.training.shard_base
     if data.class_prompts:
-        _draw_classes(pipe, texts, options, accelerator, staying=[denoiser] if blocks else [])
+        _draw_classes(pipe, texts, options, accelerator, staying=[denoiser] if settled else [])
     classes = class_examples(data, seed=seed)
     latents = _both(latents, _encode_photos(cache, pipe.vae, classes, vae, accelerator))
     if not options.validation.validation_prompt:
         pipe.vae = None
-    if not blocks:
+    if not settled:
         denoiser.to(accelerator.device)
     return Prepared(pipe=pipe, identity=identity, classes=classes, latents=latents, texts=texts)
 
@@ -309,15 +314,20 @@ def _draw_classes(
     accelerator.wait_for_everyone()  # every process has seen the same files
     with components_on(pipe, accelerator.device, offload=validation.enable_model_cpu_offload, staying=staying):
         for folder, prompt in data.class_prompts.items():
-            draw_class_images(
+            mine = missing[folder][accelerator.process_index :: accelerator.num_processes]
+            draw = partial(
+                draw_class_images,
                 pipe,
                 Path(folder),
                 texts.of_class.at([texts.of_class.texts.index(prompt)]),
-                missing[folder][accelerator.process_index :: accelerator.num_processes],
                 seed=options.training.seed,
                 settings=settings,
                 progress=lambda batches: tqdm(batches, desc="class images", disable=not main or not len(batches)),
             )
+            if options.training.shard_base:
+                by_main(accelerator, getattr(pipe, family_of(pipe).denoiser), partial(draw, missing[folder]))
+            else:
+                draw(mine)
             log.info("drew %d batches of class images into %s", len(missing[folder]), folder)
     accelerator.wait_for_everyone()
 

@@ -25,6 +25,7 @@ from ..seeds import derived_seed
 from .best import Best
 from .config import ValidationConfig
 from .log import PreviewResult
+from .processes import by_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,15 +62,20 @@ class Previews:
 
     def show(self, step: int, accelerator: Accelerator) -> PreviewResult:
         """Draw and measure the preview after `step` steps, on the main process; all wait and learn if it is enough."""
-        result = PreviewResult()
-        if accelerator.is_main_process and self.shown.texts:
-            with optional(f"preview of step {step}"):
-                with accelerator.autocast():
-                    rows, elsewhere = self.write(step), self._elsewhere(step)
-                self.latest = rows, elsewhere
-                result = self.best.measure(step, rows, elsewhere) if self.best else result
+        denoiser = getattr(self.pipe, family_of(self.pipe).denoiser)
+        shown = by_main(accelerator, denoiser, lambda: self._measured(step, accelerator)) if self.shown.texts else None
+        result = shown or PreviewResult()
         enough = accelerator.reduce(torch.tensor(float(result.enough), device=accelerator.device), "sum")
         return replace(result, enough=bool(enough))
+
+    def _measured(self, step: int, accelerator: Accelerator) -> PreviewResult | None:
+        """Draw and measure; None where that fails or nothing is measured."""
+        with optional(f"preview of step {step}"):
+            with accelerator.autocast():
+                rows, elsewhere = self.write(step), self._elsewhere(step)
+            self.latest = rows, elsewhere
+            return self.best.measure(step, rows, elsewhere) if self.best else None
+        return None
 
     def write(self, step: int) -> Rows:
         """Draw every prompt; write `previews/step_NNNNNN/` with the images, `previews/step_NNNNNN.png` with all."""

@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed
+from accelerate.utils import send_to_device
+from torch import nn
 
+from ..base.shard import is_sharded
 from ..console import one_line
 from ..data.encode import Cache
 from ..errors import DeloraError
@@ -67,6 +70,46 @@ def spread(accelerator: Accelerator, cache: Cache) -> None:
         sent = [(key, cache.get(key, dict)) for key in mine[first : first + _MESSAGE]]
         for key, tensors in gather_object(sent):
             cache.get(key, tensors.copy)
+
+
+def by_main(accelerator: Accelerator, denoiser: nn.Module, work: Callable[[], T]) -> T | None:
+    """What the main process makes with a denoiser; None on the others. Where it is shared out, the others run every
+    forward pass along with the main one, for their parts of the weights.
+
+    Raises:
+        LostProcessError: a forward pass failed on the main process, and the others wait within it.
+    """
+    main = accelerator.is_main_process
+    if accelerator.num_processes == 1 or not is_sharded(denoiser):
+        return work() if main else None
+    from accelerate.utils import broadcast_object_list
+
+    if not main:
+        call: list[Any] = [None]
+        while broadcast_object_list(call)[0] is not None:
+            args, kwargs = send_to_device(call[0], accelerator.device)
+            with torch.no_grad(), accelerator.autocast():
+                denoiser(*args, **kwargs)
+        return None
+    under_way: list[bool] = []
+
+    def announce(module: nn.Module, args: Any, kwargs: Any) -> None:
+        under_way.append(True)
+        broadcast_object_list([send_to_device((args, kwargs), "cpu")])
+
+    hooks = [
+        denoiser.register_forward_pre_hook(announce, with_kwargs=True, prepend=True),
+        denoiser.register_forward_hook(lambda *_: under_way.clear()),
+    ]
+    try:
+        result = work()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if under_way:
+            raise LostProcessError("a picture could not be drawn on a base that is shared out: all processes end")
+        broadcast_object_list([None])
+    return result
 
 
 # ---- nobody waits for the dead ---------------------------------------------------------------------

@@ -19,26 +19,35 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
 
 from delora_diffusion.data import encode
 from delora_diffusion.training import loop, processes
+from delora_diffusion.training.loss import passes_of
 
 from .. import tiny  # noqa: F401  imports the classes of the base before any fork
 from ..runs import arguments, load_script
 
 SCRIPT = load_script()
+SHOWN = ("--with_prior_preservation", "--class_prompt=a dog", "--validation_prompt=a sks dog",
+         "--num_validation_images=1")  # fmt: skip
+#: Photos of two shapes, and prompts for which the base is kept: processes differ in the passes that they need.
+UNLIKE = ("--aspect_ratio_buckets=16,24;24,16", "--with_base_preservation", "--class_prompt=a dog",
+          "--max_train_steps=1", "--gradient_checkpointing", "--init_weights=kaiming",
+          "--lambda_warmup_steps=0")  # fmt: skip
 Plan = Callable[[Path, int], dict[str, Any]]
 
 
-def forked(plan: Plan, folder: Path, world: int) -> list[int]:
-    """Run a plan in forks that know of each other; their exit codes."""
+def forked(plan: Plan, folder: Path, world: int, machines: int = 1) -> list[int]:
+    """Run a plan in forks that know of each other, as torchrun tells them on so many machines; their exit codes."""
+    local = world // machines
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = []
     for rank in range(world):
         if (child := os.fork()) == 0:
-            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            own = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local}
             os.environ |= {name: str(value) for name, value in own.items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             seen = plan(folder, rank)
@@ -68,10 +77,42 @@ def shared_work(folder: Path, rank: int) -> dict[str, Any]:
         return encode_prompt(pipe, prompt, *args, **settings)
 
     encode.posterior, StableDiffusionPipeline.encode_prompt = one_photo, one_prompt
-    prior = ("--with_prior_preservation", "--class_prompt=a dog", f"--class_data_dir={folder / 'classes'}",
-             "--num_class_images=3", "--validation_prompt=a sks dog", "--num_validation_images=1")  # fmt: skip
+    prior = (*SHOWN, f"--class_data_dir={folder / 'classes'}", "--num_class_images=3")
     code = train(folder, "two", "--train_batch_size=2", "--learning_rate=1e-4", *prior)
     return counts | {"code": code}
+
+
+def one_step_each(folder: Path, rank: int) -> dict[str, Any]:
+    """The gradients of one step, from a base of which every process holds a part, in batches of unlike pictures."""
+    seen: dict[str, Any] = {}
+    take_step = loop.take_step
+
+    def looked_at(state: Any, modules: Any, *args: Any) -> Any:
+        seen["held"] = sum(getattr(p, "_local_tensor", p).numel() for p in modules["unet"].parameters())
+        save_file({name: p.grad.clone() for name, p in state.parameters.items()}, folder / f"gradients_{world}_{rank}")
+        return take_step(state, modules, *args)
+
+    batch_loss = loop.batch_loss
+
+    def counted(batch: Any, *args: Any, **settings: Any) -> Any:
+        seen["passes"] = sum(passes_of(batch))
+        return batch_loss(batch, *args, **settings)
+
+    world, loop.take_step, loop.batch_loss = int(os.environ["WORLD_SIZE"]), looked_at, counted
+    code = train(folder, f"sharded_step_{world}", "--shard_base", f"--train_batch_size={4 // world}", *UNLIKE)
+    return seen | {"code": code}
+
+
+def one_step_each_of_four(folder: Path, rank: int) -> dict[str, Any]:
+    return one_step_each(folder, rank)
+
+
+def sharded(folder: Path, rank: int) -> dict[str, Any]:
+    """A run with everything that draws, on a base that is shared out."""
+    options = (*SHOWN, f"--class_data_dir={folder / 'sharded_classes'}", "--num_class_images=3",
+               "--strength_sheet=0.5,1", "--checkpointing_steps=3", "--gradient_checkpointing",
+               "--learning_rate=1e-4")  # fmt: skip
+    return {"code": train(folder, "sharded", "--shard_base", "--train_batch_size=2", *options)}
 
 
 def asked_to_stop(folder: Path, rank: int) -> dict[str, Any]:
@@ -111,7 +152,10 @@ def main() -> None:
     torch.set_num_threads(1)
     processes.BEAT, processes.GRACE = 0.2, 1.0
     assert not PartialState._shared_state
-    codes = {plan.__name__: forked(plan, folder, 2) for plan in (shared_work, asked_to_stop, killed, failed)}
+    two = (shared_work, one_step_each, asked_to_stop, killed, failed)
+    codes = {plan.__name__: forked(plan, folder, 2) for plan in two}
+    codes["sharded"] = forked(sharded, folder, 2, machines=2)
+    codes["one_step_each_of_four"] = forked(one_step_each_of_four, folder, 4)
     (folder / "codes.json").write_text(json.dumps(codes))
 
 

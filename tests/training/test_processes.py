@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,12 +14,19 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
 
-from delora_diffusion.training import processes
+from delora_diffusion import verify_lora
+from delora_diffusion.options import OptionError, parse
+from delora_diffusion.training import loop, processes
+from delora_diffusion.training.check import _check_sharding
+from delora_diffusion.training.config import GROUPS, Options
 from delora_diffusion.training.processes import Watch
 
 from .. import tiny
-from ..runs import arguments, largest_difference, load_script, losses, tensors
+from ..runs import Run, arguments, largest_difference, load_script, losses, tensors
+from .processes import UNLIKE
 
 ROOT = Path(__file__).parents[2]
 PRIOR = ("--with_prior_preservation", "--class_prompt=a dog", "--num_class_images=3")
@@ -29,7 +37,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder with what all plans of `processes.py` left, and what was said."""
     folder = tmp_path_factory.mktemp("processes")
     tiny.stable_diffusion(folder / "parts").save_pretrained(folder / "base")
-    tiny.photos(folder / "photos")
+    tiny.photos(folder / "photos", 2)
+    tiny.photos(folder / "more", 1, size=(20, 30), seed=5)[0].rename(folder / "photos" / "high.png")
     job = subprocess.run([sys.executable, "-m", "tests.training.processes", str(folder)], cwd=ROOT, text=True,
                          capture_output=True, timeout=560, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert job.returncode == 0, job.stderr
@@ -42,7 +51,7 @@ def codes(folder: Path, plan: str) -> list[int]:
 
 
 def seen(folder: Path, plan: str) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{plan}_*.json"))]
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{plan}_[0-9].json"))]
 
 
 def test_two_equal_one_and_share_the_encoding(launched: tuple[Path, str], fresh_accelerator: None) -> None:
@@ -79,6 +88,85 @@ def test_an_error_of_one_is_told_to_the_other(launched: tuple[Path, str]) -> Non
     folder, said = launched
     assert codes(folder, "failed") == [1, 1]
     assert "process 0 ended: " in said and "this process ends as well" in said
+
+
+# ---- a base that is shared out ---------------------------------------------------------------------
+
+
+def test_gradients_of_a_step_are_the_same_on_one_two_and_four(
+    launched: tuple[Path, str], fresh_accelerator: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures of two shapes and preserved prompts: processes that need fewer passes run along."""
+    folder, said = launched
+    assert codes(folder, "one_step_each") == [0, 0] and codes(folder, "one_step_each_of_four") == [0] * 4, said
+    found: list[dict[str, torch.Tensor]] = []
+    take_step = loop.take_step
+
+    def looked_at(state: Any, modules: Any, *args: Any) -> Any:
+        found.append({name: p.grad.clone() for name, p in state.parameters.items()})
+        found.append({"held": torch.tensor(sum(p.numel() for p in modules["unet"].parameters()))})
+        return take_step(state, modules, *args)
+
+    monkeypatch.setattr(loop, "take_step", looked_at)
+    options = ("--train_batch_size=4", *UNLIKE)
+    assert load_script().main(arguments(folder / "base", folder / "photos", folder / "step_1", *options)) == 0
+    one, whole = found
+    trained = sum(gradient.numel() for gradient in one.values())
+    for world, plan in ((2, "one_step_each"), (4, "one_step_each_of_four")):
+        rows = seen(folder, plan)
+        base = int(whole["held"]) - trained
+        assert all(row["held"] - trained < 1.1 * base / world + 1000 for row in rows)
+        for rank in range(world):
+            other = load_file(folder / f"gradients_{world}_{rank}")
+            off = sum(float((other[name] - gradient).square().sum()) for name, gradient in one.items()) ** 0.5
+            assert off < 1e-6 * sum(float(gradient.square().sum()) for gradient in one.values()) ** 0.5
+    counts = [row["passes"] for plan in ("one_step_each", "one_step_each_of_four") for row in seen(folder, plan)]
+    assert len(set(counts[:2])) > 1 or len(set(counts[2:])) > 1
+
+
+def test_a_run_draws_saves_and_goes_on_with_one_process(launched: tuple[Path, str], fresh_accelerator: None) -> None:
+    folder, said = launched
+    assert codes(folder, "sharded") == [0, 0], said
+    out = folder / "sharded"
+    drawn = {path.name: path.read_bytes() for path in (folder / "classes").iterdir()}
+    for name in drawn:  # drawn in other batches
+        one, other = (tiny.as_array(Image.open(folder / kind / name)) for kind in ("classes", "sharded_classes"))
+        assert abs(one - other).max() <= 1
+    assert largest_difference(tensors(out), tensors(folder / "two")) < 5e-6
+    assert (out / "strength_sheet.png").is_file() and (out / "before_after.png").is_file()
+    assert verify_lora(out, out).agrees(1e-6)
+    resumed = folder / "resumed"
+    shutil.copytree(out / "checkpoint-3", resumed / "checkpoint-3")
+    options = (*PRIOR, f"--class_data_dir={folder / 'sharded_classes'}", "--train_batch_size=4",
+               "--learning_rate=1e-4", "--resume_from_checkpoint=latest")  # fmt: skip
+    assert load_script().main(arguments(folder / "base", folder / "photos", resumed, *options)) == 0
+    assert largest_difference(tensors(out), tensors(resumed)) < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ((), "this is one; start several"),
+        (("--blocks_to_swap=4", "--gradient_checkpointing"), "does not go with blocks_to_swap or compile"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(
+    run: Run, extra: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        run("out", "--shard_base", *extra, code=1)
+    except SystemExit as stop:
+        assert stop.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--train_text_encoder", "--bias=all", "--base_quantization=int8"])
+def test_what_cannot_be_cut_is_refused(flag: str) -> None:
+    given = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x", "--shard_base", flag]
+    groups = dict(zip(("model", "adapter", "data", "training", "validation"),
+                      parse(given, *GROUPS, prog="train", description=""), strict=True))  # fmt: skip
+    with pytest.raises(OptionError, match=f"does not go with {flag[2:].partition('=')[0]}"):
+        _check_sharding(Options(**groups), 2)
 
 
 # ---- the watch alone -------------------------------------------------------------------------------
