@@ -71,7 +71,7 @@ def run(options: Options, accelerator: Accelerator) -> Path:
         memory.announce(memory.plan_of(checked, accelerator), accelerator.device)
 
     # ---- read and encode; what only encodes is gone before the denoiser comes
-    scorer = preview_scorer(options.validation, [e.path for e in checked.instances]) if main else None
+    scorer = preview_scorer(options.validation, [e.path for e in checked.measured]) if main else None
     base = prepare(checked, accelerator)
     provenance = provenance_of(checked, base)
 

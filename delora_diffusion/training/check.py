@@ -16,7 +16,7 @@ from ..base.single_file import is_single_file
 from ..base.swap import swapped_blocks
 from ..data.concepts import expanded_prompts
 from ..data.photos import Example, describe_sizes, instance_examples
-from ..data.prompts import read_prompts
+from ..data.prompts import has_token, read_prompts
 from ..families import Family, check_trainable
 from ..method.config import DeloraConfig
 from ..method.targets import target_linears
@@ -54,6 +54,13 @@ class Checked:
     config: DeloraConfig
     initial: Adapter | None = None
 
+    @property
+    def measured(self) -> list[Example]:
+        """The photos that previews are held against: of the concept whose rare word is trigger_token, or all."""
+        token = self.options.validation.trigger_token
+        names = [concept.name for concept in self.options.data.subjects if concept.trigger == token]
+        return [example for example in self.instances if example.concept in names] or self.instances
+
 
 def check(options: Options, accelerator: Accelerator) -> Checked:
     """Refuse what can be refused now.
@@ -78,6 +85,11 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
     world = read_prompts(validation.validation_world_prompt, option="validation_world_prompt") if measuring else []
     prompts = read_prompts(validation.validation_prompt, option="validation_prompt")
     prompts = expanded_prompts(prompts, options.data, trigger=token, option="validation_prompt")
+    if measuring and not any(has_token(prompt, token) for prompt in prompts):
+        raise OptionError(
+            f"no validation_prompt has the rare word {token!r}, so there is nothing to measure; give trigger_token, "
+            f"of several concepts the one to be measured"
+        )
     validation = replace(validation, validation_prompt=prompts, validation_world_prompt=world)
     family = check_trainable(listed_in(options.model), train_text_encoder=options.adapter.train_text_encoder)
     pipe = begin(options.model, family, precision=accelerator.mixed_precision)

@@ -330,8 +330,9 @@ class ValidationConfig:
         """The rare word tells prompts of the subject, whose pictures are measured, from the others."""
         if not self.trigger_token:
             raise OptionError('trigger_token is empty; give the rare word of the prompts, e.g. "sks"')
-        # a file's prompts are checked once it is read
-        if not any(has_token(p, self.trigger_token) or p.endswith(".txt") for p in self.validation_prompt):
+        # a file's prompts, and words in brackets, are checked once they are read
+        later = any(p.endswith(".txt") or "[" in p for p in self.validation_prompt)
+        if not later and not any(has_token(p, self.trigger_token) for p in self.validation_prompt):
             raise OptionError(
                 f"no validation_prompt has the rare word {self.trigger_token!r} ({self.validation_prompt[0]!r}, ...), "
                 f"so there is no picture of the subject to measure; give the right trigger_token"

@@ -73,7 +73,7 @@ def write_results(
     best = read_best(run.path)
     if previews.best:
         with optional("figures of the photos"):
-            photos = photo_figures(previews.best.scorer, [e.caption for e in checked.instances])
+            photos = photo_figures(previews.best.scorer, [e.caption for e in checked.measured])
     with optional("before/after sheet"):
         sheet = previews.before_after(steps, [e.path for e in checked.instances])
     with optional("plot of the run"):

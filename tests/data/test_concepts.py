@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from delora_diffusion.data.config import DataConfig
 from delora_diffusion.data.image_files import DataError
 from delora_diffusion.data.photos import class_captions, class_examples, instance_examples
 from delora_diffusion.options import OptionError, parse
+from delora_diffusion.training.check import Checked
 from delora_diffusion.training.config import GROUPS
 from delora_diffusion.training.diffusers_flags import DiffusersFlags
 from delora_diffusion.training.loss import Examples, picks
@@ -117,6 +119,16 @@ def test_a_concept_without_photos_or_without_a_word_for_trigger_is_named(tmp_pat
     values = {"folder": str(tmp_path / "class"), "prompt": "a [trigger] thing"}
     with pytest.raises(DataError, match=r"has \[trigger\] in 'a \[trigger\] thing', and its concept has none"):
         instance_examples(DataConfig(concepts={"thing": values}), seed=0)
+
+
+def test_figures_are_of_the_concept_whose_word_they_go_by(tmp_path: Path) -> None:
+    data = shaped(tmp_path)
+    instances = instance_examples(data, seed=0)
+    for token, concepts in {"zwx": ["cat"] * 3, "tok": ["dog"] * 2 + ["cat"] * 3}.items():
+        options = SimpleNamespace(data=data, validation=SimpleNamespace(trigger_token=token))
+        rest: Any = dict.fromkeys(("family", "pipe", "objective", "config"))
+        checked = Checked(options=options, instances=instances, **rest)  # type: ignore[arg-type]
+        assert [example.concept for example in checked.measured] == concepts
 
 
 # ---- tags, and places without a caption -----------------------------------------------------------
