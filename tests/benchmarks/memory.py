@@ -22,13 +22,14 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
@@ -54,11 +55,32 @@ FITTING: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "memory_12gb": [("SDXL", {})],
     "memory_16gb": [("SDXL", {}), ("SD3.5 medium", {})],
     "memory_24gb": [("SDXL", {}), ("SD3.5 medium", {})],
+    "memory_flux1_12gb": [("FLUX.1", {})],
+    "memory_flux1_24gb": [("FLUX.1", {})],
+    "memory_flux2_klein_8gb": [("FLUX.2 klein 4B", {})],
+    "memory_flux2_klein_16gb": [("FLUX.2 klein 4B", {})],
+    "memory_flux2_dev_24gb": [("FLUX.2 dev", {})],
 }
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 _T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
            "feed_forward_proj": "gated-gelu"}  # fmt: skip
+_QWEN3_4B = tf.Qwen3Config(
+    hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+    head_dim=128, vocab_size=151936, tie_word_embeddings=True,
+)  # fmt: skip
+_QWEN25_VL_7B = tf.Qwen2_5_VLConfig(
+    text_config={"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+                 "num_key_value_heads": 4, "vocab_size": 152064},
+    vision_config={"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+                   "out_hidden_size": 3584},
+)  # fmt: skip
+_MISTRAL_24B = tf.Mistral3Config(
+    text_config={"model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40,
+                 "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072},
+    vision_config={"model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                   "num_attention_heads": 16},
+)  # fmt: skip
 #: Base -> pipeline class, text encoders, and channels of the latents.
 BASES: dict[str, tuple[str, dict[str, tuple[str, Any]], int]] = {
     "Stable Diffusion 1.5": (
@@ -73,7 +95,19 @@ BASES: dict[str, tuple[str, dict[str, tuple[str, Any]], int]] = {
     "FLUX.1": ("FluxPipeline", {
         "text_encoder": ("CLIPTextModel", tf.CLIPTextConfig(**_CLIP_L)),
         "text_encoder_2": ("T5EncoderModel", tf.T5Config(**_T5_XXL))}, 16),
+    "FLUX.2 klein 4B": ("Flux2KleinPipeline", {"text_encoder": ("Qwen3ForCausalLM", _QWEN3_4B)}, 128),
+    "FLUX.2 dev": ("Flux2Pipeline", {"text_encoder": ("Mistral3ForConditionalGeneration", _MISTRAL_24B)}, 128),
+    "Qwen-Image": (
+        "QwenImagePipeline", {"text_encoder": ("Qwen2_5_VLForConditionalGeneration", _QWEN25_VL_7B)}, 16),
+    "Z-Image": ("ZImagePipeline", {"text_encoder": ("Qwen3Model", _QWEN3_4B)}, 16),
 }  # fmt: skip
+BASES["SD3.5 large"] = BASES["SD3.5 medium"]
+#: Bases whose VAE is of a class of its own.
+VAES: dict[str, Callable[[], Any]] = {
+    "FLUX.2 klein 4B": AutoencoderKLFlux2,
+    "FLUX.2 dev": AutoencoderKLFlux2,
+    "Qwen-Image": AutoencoderKLQwenImage,
+}
 
 
 def paper_base(name: str, folder: Path) -> ModelConfig:
@@ -82,7 +116,7 @@ def paper_base(name: str, folder: Path) -> ModelConfig:
     denoiser = full_size.denoiser(name)
     family = next(family for family in FAMILIES if kind in family.pipelines)
     with torch.device("meta"):
-        vae = AutoencoderKL(
+        vae = VAES[name]() if name in VAES else AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=channels,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         )  # fmt: skip
@@ -90,7 +124,7 @@ def paper_base(name: str, folder: Path) -> ModelConfig:
     vae.save_config(folder / "vae")
     listed: dict[str, Any] = {
         "_class_name": kind, "_diffusers_version": "0.42.1", "scheduler": ["diffusers", "DDPMScheduler"],
-        "vae": ["diffusers", "AutoencoderKL"], family.denoiser: ["diffusers", type(denoiser).__name__],
+        "vae": ["diffusers", type(vae).__name__], family.denoiser: ["diffusers", type(denoiser).__name__],
     }  # fmt: skip
     for part, (cls, config) in texts.items():
         config.save_pretrained(folder / part)
@@ -124,9 +158,9 @@ class Step:
         denoiser.train()
         if checkpointing:
             denoiser.enable_gradient_checkpointing()
-        channels = BASES[name][2]
+        channels, factor = BASES[name][2], 16 if name.startswith("FLUX.2") else 8
         self.denoiser, self.dtype = denoiser, dtype
-        self.x_t = torch.randn(1, channels, side // 8, side // 8, device=self.device, dtype=dtype)
+        self.x_t = torch.randn(1, channels, side // factor, side // factor, device=self.device, dtype=dtype)
         self.cond = placed(stack_conditioning([family.blank(denoiser)]), self.device, dtype)
 
     def forward(self) -> Tensor:
@@ -229,14 +263,18 @@ def row(args: argparse.Namespace) -> dict[str, Any]:
 # ---- presets ---------------------------------------------------------------------------------------
 
 
-def of_presets() -> None:
-    """The estimate of every preset for the bases it names."""
-    for path in PRESETS:
+def of_presets(names: Sequence[str]) -> list[dict[str, Any]]:
+    """The estimate of every preset, or of those named, for the bases it is for."""
+    found = []
+    for path in (path for path in PRESETS if not names or path.stem in names):
         values = read_yaml(path, AdapterConfig, DataConfig, TrainingConfig, ValidationConfig, ModelConfig)
         for name, more in FITTING[path.stem]:
             with tempfile.TemporaryDirectory() as folder:
                 phases = memory.estimate(preset_plan(paper_base(name, Path(folder)), name, values | more))
             print(f"{path.stem}, {name}\n{memory.summary(phases)}", flush=True)
+            parts = {phase.name: phase.parts for phase in phases}
+            found.append({"preset": path.stem, "base": name, "options": values | more, "phases": parts})
+    return found
 
 
 def preset_plan(model: ModelConfig, name: str, values: dict[str, Any]) -> memory.Plan:
@@ -244,11 +282,10 @@ def preset_plan(model: ModelConfig, name: str, values: dict[str, Any]) -> memory
     given = values | {"instance_data_dir": "photos", "validation_prompt": ["a", "b"]}
     data, training, shown = (build(group, given) for group in (DataConfig, TrainingConfig, ValidationConfig))
     family = next(family for family in FAMILIES if family.name == full_size.MODELS[name][0])
-    dtype = values.get("base_dtype", "auto")
     adapter = replace(adapter_of(name), r=values.get("rank", 16))
     return memory.Plan(
         options=Options(
-            model=replace(model, base_dtype=dtype),
+            model=replace(model, **{k: v for k, v in values.items() if hasattr(model, k)}),
             adapter=AdapterConfig(),
             data=data,
             training=training,
@@ -268,12 +305,14 @@ def main() -> int:
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of weights and autocast")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--presets", action="store_true", help="print the estimates of the presets instead")
+    parser.add_argument("--presets", nargs="*", help="print the estimates of these presets instead; no names: of all")
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.presets:
-        of_presets()
+    if args.presets is not None:
+        rows = of_presets(args.presets)
+        if args.output:
+            args.output.write_text(json.dumps({"commit": commit(), "results": rows}, indent=2) + "\n")
         return 0
     if args.one:
         print(json.dumps(row(args)))

@@ -220,6 +220,17 @@ def test_a_preset_is_read_by_the_trainer_and_gives_a_reason_for_every_line(prese
     assert len(lines) >= 8 and found["instance_prompt"] == "a sks dog"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
+def test_a_preset_fits_its_card(preset: Path, tmp_path: Path) -> None:
+    card = int(preset.stem.rpartition("_")[2].removesuffix("gb"))
+    for name, more in bench.FITTING[preset.stem]:
+        plan = bench.preset_plan(
+            bench.paper_base(name, tmp_path / name), name, bench.read_yaml(preset, *TRAINING) | more
+        )
+        assert max(phase.total for phase in memory.estimate(plan)) * memory.OVERHEAD < card * 2**30
+
+
 def test_the_smallest_preset_fits_its_card(tmp_path: Path) -> None:
     (preset,) = (path for path in PRESETS if path.stem == "memory_8gb")
     values = bench.read_yaml(preset, *TRAINING)
