@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from .interval import contains, in_words
@@ -62,6 +64,21 @@ def refuse_repeats(config: object, *names: str) -> None:
         values = getattr(config, name)
         if again := [value for place, value in enumerate(values) if value in values[:place]]:
             raise OptionError(f"{name} has {again[0]} twice; give it once")
+
+
+def refuse_same_folder(folders: Mapping[str, str | None]) -> None:
+    """Refuse folders that must differ and do not, also through links and relative paths.
+
+    Args:
+        folders: option -> its folder; None passes.
+
+    Raises:
+        OptionError: the first two that are one.
+    """
+    seen: dict[str, str] = {}
+    for name, folder in folders.items():
+        if folder and (other := seen.setdefault(os.path.realpath(folder), name)) != name:
+            raise OptionError(f"{name} and {other} are the same folder, {folder}; give each its own")
 
 
 def _numbers(name: str, value: Any) -> list[tuple[str, Any]]:

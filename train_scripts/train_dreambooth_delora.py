@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from delora_diffusion.base.denoiser import Denoiser
@@ -207,6 +207,7 @@ def start(options: Options) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision=training.mixed_precision, log_with=name, project_config=folders,
             cpu=several and not torch.accelerator.is_available(), kwargs_handlers=[patience],
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop's own; not the launcher's
         )  # fmt: skip
     except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
         # fp16 without a GPU, an unknown tracker, what `accelerate config` wrote for another machine

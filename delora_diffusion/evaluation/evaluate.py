@@ -17,6 +17,7 @@ import torch
 from ..adapters.adapter import adapter_hash
 from ..adapters.read import read_adapter
 from ..data.prompts import UNRELATED_PROMPTS, has_token, read_prompts
+from ..option_checks import refuse_same_folder
 from ..options import OptionError
 from ..reports.card import set_strength
 from ..reports.table import Row, markdown, protocol_lines, write_report
@@ -38,6 +39,7 @@ def evaluate(config: EvaluationConfig, measuring: MeasuringConfig, drawing: Draw
     Raises:
         OptionError, EncoderError, DataError, AdapterFileError, BaseModelError: what was drawn stays.
     """
+    refuse_same_folder({"real": config.real, "holdout": config.holdout, "output_dir": config.output_dir})
     state = processes(drawing.device)
     real = read_photos(Path(config.real), option="real")
     holdout = read_photos(Path(config.holdout), option="holdout") if config.holdout else None

@@ -20,6 +20,7 @@ from ..data.prompts import has_token, read_prompts
 from ..families import Family, check_trainable
 from ..method.config import DeloraConfig
 from ..method.targets import target_linears
+from ..option_checks import refuse_same_folder
 from ..options import OptionError
 from ..reports.card import check_login
 from .adapt import check_ranks, denoiser_config, text_encoder_config
@@ -79,6 +80,8 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
     check_output(training)
     check_installed(options.model)
     check_folders(options.data)
+    check_apart(options)
+    check_precisions(options.model.base_dtype, accelerator.mixed_precision)
     if training.push_to_hub:
         check_login(training.hub_model_id)
     measuring = validation.validation_dino or validation.validation_clip
@@ -123,6 +126,39 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
         config=config,
         initial=initial,
     )
+
+
+def check_apart(options: Options) -> None:
+    """Refuse photos, images of the class, held-out photos and what is written in one folder.
+
+    Raises:
+        OptionError: class images among the photos, sheets that would be trained on, ...
+    """
+    folders = {
+        "class_data_dir": options.data.class_data_dir,
+        "validation_holdout_dir": options.validation.validation_holdout_dir,
+        "output_dir": options.training.output_dir,
+        "cache_dir": options.data.cache_dir,
+    }
+    refuse_same_folder(folders)
+    for concept in options.data.subjects:
+        # what is taught may well be in one folder; images of a class lie in a folder of their own, and may be added to
+        others = folders if concept.role != "class" else folders | {"class_data_dir": None}
+        refuse_same_folder(
+            {"instance_data_dir" if not concept.name else f"concepts[{concept.name}]": concept.folder} | others
+        )
+
+
+def check_precisions(base: str, mixed: str) -> None:
+    """Refuse frozen weights in one half precision under autocast to the other, which meet in layers that it leaves.
+
+    Raises:
+        OptionError: bf16 with fp16, or fp16 with bf16.
+    """
+    if {base, mixed} == {"bf16", "fp16"}:
+        raise OptionError(
+            f"base_dtype {base} does not go with mixed_precision {mixed}; give both the same, or base_dtype auto"
+        )
 
 
 def in_steps(options: Options, photos: int, processes: int) -> Options:
