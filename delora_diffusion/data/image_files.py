@@ -75,9 +75,10 @@ def find_images(folder: Path, *, option: str) -> list[Path]:
 
 
 def masks_among(images: Iterable[Path]) -> dict[Path, Path]:
-    """Photo -> its mask, of the image files of a folder."""
-    by_stem = {path.stem: path for path in images}
-    return {photo: by_stem[f"{stem}{MASK}"] for stem, photo in by_stem.items() if f"{stem}{MASK}" in by_stem}
+    """Photo -> its mask, of image files."""
+    by_stem = {path.with_suffix(""): path for path in images}
+    named = {photo: stem.with_name(f"{stem.name}{MASK}") for stem, photo in by_stem.items()}
+    return {photo: by_stem[stem] for photo, stem in named.items() if stem in by_stem}
 
 
 def left_out(folder: Path, used: Iterable[Path]) -> list[str]:

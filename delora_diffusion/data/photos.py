@@ -143,7 +143,9 @@ def _examples(
     option = f"concepts[{concept.name}]" if concept.name else "class_data_dir" if most else "instance_data_dir"
     if config.dataset_name and most is None:
         captions = read_dataset(config)
-        paths, files = list(captions.texts), {}
+        files = masks_among(captions.texts)  # of those that are used where they are
+        masks = set(files.values())
+        paths = [path for path in captions.texts if path not in masks]
     else:
         folder = Path(concept.folder)
         paths, files = find_images(folder, option=option), masks_among(filter(is_image, folder.iterdir()))

@@ -77,6 +77,18 @@ def test_an_imagefolder_parquet_and_webdataset_give_the_examples_of_the_folder(f
     assert len(list((tmp_path / "cache").glob("photos/*"))) == 3, "content is kept once"
 
 
+def test_masks_in_an_imagefolder_are_masks(folder: Path, tmp_path: Path) -> None:
+    (folder / "metadata.jsonl").unlink()
+    shutil.copy(folder / "01.png", folder / "01_mask.png")
+    found = instance_examples(config(dataset_name=str(folder), instance_prompt="a dog"), seed=0)
+    assert told(found) == told(
+        instance_examples(config(instance_data_dir=str(folder), instance_prompt="a dog"), seed=0)
+    )
+    assert [(e.path.name, e.mask is not None) for e in found] == [
+        ("00.png", False), ("01.png", True), ("02.png", False)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "fields, said",
     [
