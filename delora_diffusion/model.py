@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,28 +20,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters.adapter import Adapter
+from .adapters.adapter import Adapter, write_adapter
 from .adapters.assign import part_for
-from .adapters.peft import check_expressible
+from .adapters.peft import PeftFormatError, check_expressible, check_kinds, not_linear
 from .adapters.read import read_adapter
-from .adapters.safetensors_file import write_tensors
-from .atomic import complete_file
+from .adapters.trainer_state import write_trainer_state
+from .errors import DeloraError
 from .export.peft_folder import write_peft
+from .export.peft_lora import write_peft_lora
 from .method import inject, state
 from .method.block_weights import listed
 from .method.config import DeloraConfig
 from .method.delora import DeloraLayer
 from .method.merge import MergeReport, merge_delora, unmerge_delora
-from .method.raw_state import is_raw_adapter_state, load_raw_adapter_state, raw_adapter_state
+from .method.raw_state import is_raw_adapter_state, load_raw_adapter_state
 from .method.saving import unguard_saving
-from .method.targets import with_targets
+from .method.status import ModelStatus, model_status
+from .method.targets import with_head, with_targets
 from .reports.card import push_to_hub
 from .reports.model_card import write_model_card
 from .run_folder import CARD_NAME
 from .same_module import in_front, rebuilt
 
-#: The file from which transformers' Trainer resumes, and takes the best model back.
-TRAINER_STATE_NAME = "model.safetensors"
+log = logging.getLogger(__name__)
 
 
 class DeloraModel(nn.Module):
@@ -84,6 +86,8 @@ class DeloraModel(nn.Module):
         config: DeloraConfig | None = None,
         revision: str | None = None,
         check_base: bool = True,
+        device_map: str | torch.device | dict[str, Any] | None = None,
+        low_cpu_mem_usage: bool = False,
     ) -> DeloraModel:
         """`model` with an adapter from a folder of ours or of PEFT's, a native file, or the Hub.
 
@@ -91,18 +95,27 @@ class DeloraModel(nn.Module):
 
         Args:
             config: instead of the one that lies beside the tensors; they must fit it.
+            device_map: where to move the model to, if it is one device; a model that is spread over several, or
+                offloaded, keeps its places, and adapters are where their layers are.
+            low_cpu_mem_usage: PEFT's; nothing here differs by it, an adapter is filled layer by layer either way.
 
         Raises:
             AdapterFileError: no adapter there, or none for this module.
-            ValueError: tensors that do not fit, or another base. `model` is as it was before the call.
+            ValueError: tensors that do not fit, another base, or a map of several devices. `model` is as it was
+                before the call.
         """
+        device = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else device_map
+        if isinstance(device, dict) or device in ("auto", "balanced", "balanced_low_0", "sequential"):
+            raise DeloraError(
+                f"device_map is {device_map!r}; give it to the base's from_pretrained, and here one device or none"
+            )
         adapted: DeloraModel = cls.__new__(cls, model)
         adapter = source if isinstance(source, Adapter) else read_adapter(source, revision=revision)
         if config is not None:
             adapter = dataclasses.replace(adapter, configs=dict.fromkeys(adapter.configs, config))
         adapted.load_adapter(adapter, adapter_name, is_trainable=is_trainable, check_base=check_base)
         adapted.set_adapter(adapter_name, trainable=is_trainable)
-        return adapted
+        return adapted if device is None else adapted.to(device)
 
     # ---- files ----
 
@@ -123,37 +136,42 @@ class DeloraModel(nn.Module):
             is_main_process: whether this process writes; others return an empty list.
             state_dict: the module's, where a trainer has gathered it from several processes.
 
+        An adapter that PEFT cannot express is written as a native file, with a warning.
+
         Returns:
             The folders written.
-
-        Raises:
-            PeftFormatError: an adapter that PEFT cannot express; nothing is written.
         """
         if not is_main_process:
             return []
         folder = Path(directory)
         base = base_model or getattr(self, "name_or_path", None) or ""
-        adapters = {}
-        for name in self.adapter_names if selected_adapters is None else selected_adapters:
-            config = inject.delora_config(self, name)
-            tensors = state.delora_state_dict(self, name, at_current_weight=True, gathered=state_dict)
-            check_expressible(self, config, tensors)
-            adapters[name] = Adapter({"": tensors}, {"": config}, {"base_model": base})
+        names = self.adapter_names if selected_adapters is None else selected_adapters
+        adapters = {name: self._adapter(name, base, state_dict) for name in names}
         of = {name: folder / ("" if name == "default" else name) for name in adapters}
-        written = [write_peft(of[name], adapter, "", module=self._same) for name, adapter in adapters.items()]
+        written = [self._write_adapter(of[name], adapter) for name, adapter in adapters.items()]
         self._write_card(folder, base, list(adapters))
-        self._write_trainer_state(folder, state_dict)
+        write_trainer_state(self, folder, state_dict)
         return written
 
-    def _write_trainer_state(self, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:
-        """Into a Trainer's checkpoint, what it resumes from; out of any other folder, what such a trainer copied."""
-        path = folder / TRAINER_STATE_NAME
-        if folder.name.startswith("checkpoint-"):
-            tensors = {name: tensor.contiguous() for name, tensor in raw_adapter_state(self, state_dict).items()}
-            with complete_file(path) as aside:
-                write_tensors(aside, tensors, {"format": "pt", "holds": "adapters"})
-        elif path.is_file() and is_raw_adapter_state(self, _names_in(path)):
-            path.unlink()
+    def _adapter(self, name: str, base: str, state_dict: Mapping[str, Tensor] | None = None) -> Adapter:
+        tensors = state.delora_state_dict(self, name, at_current_weight=True, gathered=state_dict)
+        told = {"base_model": base, **not_linear({"": self}, {"": tensors})}
+        return Adapter({"": tensors}, {"": inject.delora_config(self, name)}, told)
+
+    def _write_adapter(self, folder: Path, adapter: Adapter) -> Path:
+        """In PEFT's form, or, where that cannot hold it, as a native file: what was trained is never lost."""
+        try:
+            check_kinds(adapter)
+            check_expressible(self, adapter.configs[""], adapter.tensors[""])
+        except PeftFormatError as error:
+            log.warning("%s. It is written as %s, which DeloraModel opens", error, write_adapter(folder, adapter))
+            return folder
+        return write_peft(folder, adapter, "", module=self._same)
+
+    def save_lora(self, directory: str | Path, adapter_name: str = "default") -> Path:
+        """Write one adapter as a LoRA in PEFT's form, with the same update; returns the folder."""
+        adapter = self._adapter(adapter_name, getattr(self, "name_or_path", None) or "")
+        return write_peft_lora(Path(directory), adapter, "", module=self._same)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module; and the adapters alone, as they lie in a Trainer's checkpoint.
@@ -190,8 +208,8 @@ class DeloraModel(nn.Module):
 
     def add_adapter(self, adapter_name: str, config: DeloraConfig) -> list[str]:
         """Add a new adapter, trainable, and make it the active one; returns the names of the adapted layers."""
-        layers = inject.inject_delora(self, with_targets(self, config), adapter_name)
-        self.set_adapter(adapter_name)
+        layers = inject.inject_delora(self, with_head(self, with_targets(self, config)), adapter_name)
+        self.set_adapter(adapter_name, trainable=not config.inference_mode)
         return layers
 
     def load_adapter(
@@ -236,7 +254,7 @@ class DeloraModel(nn.Module):
     def set_requires_grad(self, names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let these adapters be trained, or not, whether they act or not."""
         for name in listed(names):
-            for p in self._parameters_of(name):
+            for p in inject.parameters_of(self, name):
                 p.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -250,6 +268,18 @@ class DeloraModel(nn.Module):
         """The base model for the length of a `with` block."""
         with inject.delora_disabled(self):
             yield
+
+    def set_adapters(self, names: str | Sequence[str], weights: Any = 1.0) -> None:
+        """Make exactly these adapters act, each at its strength (see `set_delora_adapters`): diffusers' verb."""
+        inject.set_delora_adapters(self, names, weights)
+
+    def disable_adapters(self) -> None:
+        """Let no adapter act, until `enable_adapters`: transformers' and diffusers' verb."""
+        inject.enable_delora(self, False)
+
+    def enable_adapters(self) -> None:
+        """Let the active adapters act again."""
+        inject.enable_delora(self, True)
 
     @property
     def adapter_names(self) -> list[str]:
@@ -328,6 +358,10 @@ class DeloraModel(nn.Module):
         """How many parameters are trained, of how many."""
         return state.count_parameters(self)
 
+    def get_model_status(self) -> ModelStatus:
+        """What is adapted, what acts and what is trained, for all layers together."""
+        return model_status(self)
+
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, of how many."""
         state.print_trainable_parameters(self)
@@ -339,7 +373,7 @@ class DeloraModel(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         head: Any = self.get_output_embeddings if kwargs.get("fused_lm_head") else None
         if head is not None and hasattr(head(), "delora"):
-            raise ValueError(
+            raise DeloraError(
                 "trl computes the loss from the weight of the output layer, past the layer and its adapter, which "
                 "would not be trained; leave the output layer out of target_modules, or use transformers' Trainer"
             )
@@ -350,12 +384,6 @@ class DeloraModel(nn.Module):
 
     def _layers(self) -> list[DeloraLayer]:
         return [layer for _, layer in inject.adapted_layers(self)]
-
-    def _parameters_of(self, name: str) -> list[nn.Parameter]:
-        adapters = inject.delora_adapters(self, name).values()
-        values = inject.record_of(self).trained_in_full[name].values()
-        full = [value for value in values if isinstance(value, nn.Parameter)]
-        return [*(p for adapter in adapters for p in adapter.parameters()), *full]
 
 
 def get_peft_model(model: nn.Module, peft_config: DeloraConfig, adapter_name: str = "default") -> DeloraModel:
@@ -371,10 +399,3 @@ def get_peft_model(model: nn.Module, peft_config: DeloraConfig, adapter_name: st
             f"delora_diffusion, or let PEFT's own get_peft_model adapt the model"
         )
     return DeloraModel(model, peft_config, adapter_name)
-
-
-def _names_in(path: Path) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return dict.fromkeys(file.keys(), torch.empty(0))

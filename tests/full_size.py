@@ -11,7 +11,7 @@ import torch
 
 from delora_diffusion.families import FAMILIES
 from delora_diffusion.method.config import DeloraConfig
-from delora_diffusion.method.targets import excluding, target_linears
+from delora_diffusion.method.targets import excluding, target_layers
 
 _SD3 = {
     "pos_embed_max_size": 384, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": "rms_norm",
@@ -60,7 +60,7 @@ def adapted(name: str, targets: str) -> dict[str, torch.nn.Linear]:
     module = denoiser(name)
     family = next(family for family in FAMILIES if family.name == MODELS[name][0])
     exclude = excluding(None, family.dead_layers(family.denoiser, module))
-    return target_linears(module, DeloraConfig(target_modules=targets, exclude_modules=exclude))
+    return target_layers(module, DeloraConfig(target_modules=targets, exclude_modules=exclude))
 
 
 def parameters(layers: dict[str, torch.nn.Linear], rank: int = 16) -> int:

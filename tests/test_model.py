@@ -110,8 +110,8 @@ def moved(a: Tensor, b: Tensor) -> bool:
 # ---- which layers --------------------------------------------------------------------------------
 
 
-def test_the_table_is_pefts_but_for_models_without_linear_layers() -> None:
-    assert {name: layers for name, layers in PEFTS.items() if name not in ("gpt2", "btlm")} == TARGETS
+def test_the_table_is_pefts() -> None:
+    assert PEFTS == TARGETS
 
 
 def test_default_layers_are_pefts(made: Maker) -> None:
@@ -220,6 +220,13 @@ def test_disabling_merging_and_unloading(made: Maker) -> None:
     with model.disable_adapter():
         assert torch.equal(output(model), base)
     assert torch.equal(output(model), adapted)
+    model.disable_adapters()
+    assert torch.equal(output(model), base)
+    model.enable_adapters()
+    model.set_adapters("default", 0.5)
+    half = output(model)
+    model.set_adapters(["default"])
+    assert torch.equal(output(model), adapted) and not torch.equal(half, adapted)
     assert model.merge_adapter().layers == len(delora_adapters(model))
     close(output(model), adapted)
     model.unmerge_adapter()

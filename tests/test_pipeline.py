@@ -696,7 +696,7 @@ WRONG = [
     (not_finite, "32 not finite ("),
     (of_another_base, "trained on another base than this CLIPTextModel"),
     (for_other_layers, "target_modules ['no_such_layer'] matched none of the layers of CLIPTextModel"),
-    (for_a_layer_of_another_kind, "DeLoRA adapts nn.Linear only"),
+    (for_a_layer_of_another_kind, "DeLoRA adapts nn.Linear, nn.Conv2d"),
 ]
 
 

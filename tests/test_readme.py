@@ -29,7 +29,9 @@ from delora_diffusion.training.diffusers_flags import DiffusersFlags
 from delora_diffusion.training.diffusers_flags import to_table as foreign_table
 
 from .benchmarks import forms
+from .test_finetuning import load_script as finetuning
 from .test_structure import FLOORS, MODULES, PACKAGE
+from .tiny_language import language_base, sentences
 
 ROOT = Path(__file__).parents[1]
 README, TRAINING, ARCHITECTURE = PAGES = [
@@ -42,7 +44,14 @@ TABLES = {
     ("<!-- diffusers -->\n", "<!-- end of diffusers -->"): foreign_table,
 }
 #: A word of every command on the pages that a test here runs, or reads; pytest is what runs this.
-TESTED = ("spotted_dog.yaml", "my_dog.yaml", "forms.py", "&& pytest", *(f"delora {name} " for name in COMMANDS))
+TESTED = (
+    "spotted_dog.yaml",
+    "my_dog.yaml",
+    "delora_finetuning.py",
+    "forms.py",
+    "&& pytest",
+    *(f"delora {name} " for name in COMMANDS),
+)
 
 
 def text_of(*pages: Path) -> str:
@@ -66,6 +75,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     (folder / "samples").symlink_to(ROOT / "samples")
     (folder / "train_scripts").symlink_to(ROOT / "train_scripts")
+    language_base(folder / "my" / "llama")
+    (folder / "my_texts.txt").write_text("\n".join(sentences(12)))
     command = commands("samples/pocket/spotted_dog.yaml")[0].partition(" && ")[2]
     short = ["--max_train_steps=2", "--validation_num_inference_steps=2", "--num_validation_images=1"]
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *shlex.split(command)[1:], *short]
@@ -110,7 +121,7 @@ def test_every_command_is_tested_and_every_other_training_command_is_valid(
 def test_the_python_code_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     found = blocks("python")
-    assert len(found) == 4
+    assert len(found) == 5
     for code in found:
         exec(compile(code.replace('beach")', 'beach", num_inference_steps=2)'), "README.md", "exec"), {})
 
@@ -122,6 +133,13 @@ def test_the_data_check_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (command,) = commands("delora check-data")
     assert delora(shlex.split(command)[1:]) == 0
     assert Path("runs/spotted_dog_data.png").is_file()
+
+
+def test_the_command_for_language_models_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    (command,) = commands("delora_finetuning.py")
+    assert finetuning().main(shlex.split(command)[2:]) == 0
+    assert Path("runs/words/adapter_model.safetensors").is_file()
 
 
 def test_the_sampling_command_runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +242,15 @@ def without_table(page: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
 def test_mentioned_options_exist(page: Path) -> None:
-    groups = (*GROUPS, EvaluationConfig, MeasuringConfig, DrawingConfig, LoraConfig, ExportConfig)
+    groups = (
+        *GROUPS,
+        finetuning().Finetuning,
+        EvaluationConfig,
+        MeasuringConfig,
+        DrawingConfig,
+        LoraConfig,
+        ExportConfig,
+    )
     fields = [field for group in groups for field in dataclasses.fields(group)]
     known = {field.name for field in fields} | {f"no-{field.name}" for field in fields if field.type == "bool"}
     used = set(re.findall(r"--([a-z_-]{4,})", "\n".join(re.findall(r"`(--[^`]*)`", without_table(page)))))

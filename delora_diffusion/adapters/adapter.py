@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,10 +112,12 @@ def check_layers(tensors: Mapping[str, Tensor], *, where: str, config: DeloraCon
             raise AdapterFileError(
                 f"{where}{layer} lacks {', '.join(missing)}; the adapter is incomplete, copy or train it again"
             )
-        (r, inputs), (outputs, _) = ((*shapes[leaf], 0, 0)[:2] for leaf in ("delora_A", "delora_B"))
-        if not r * inputs * outputs:
+        r, *inputs = shapes["delora_A"] or (0,)
+        outputs = (*shapes["delora_B"], 0)[0]
+        if not r * math.prod(inputs) * outputs:
             raise AdapterFileError(f"{where}{layer} has no size; the adapter is damaged, copy or train it again")
-        whole = {"A": (r, inputs), "B": (outputs, r), "lambda": (1,), "w_norm": (inputs,)}
+        inputs = inputs if len(inputs) in (1, 3) else [0]  # features, or channels and a kernel
+        whole = {"A": (r, *inputs), "B": (outputs, r), "lambda": (1,), "w_norm": (math.prod(inputs),)}
         for leaf in needed:
             if shapes[leaf] != whole[leaf.removeprefix("delora_").removesuffix("_init")]:
                 raise AdapterFileError(

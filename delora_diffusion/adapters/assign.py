@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..method.config import DeloraConfig, DeloraConfigError
-from ..method.targets import target_linears
+from ..method.kinds import kind_of
+from ..method.targets import target_layers
 from .adapter import Adapter, adapted
 from .peft import exactly
 from .safetensors_file import AdapterFileError
@@ -73,9 +74,9 @@ def renamed(module: nn.Module, config: DeloraConfig, tensors: Mapping[str, Tenso
     )
     layers = {old: _name_in(module, f"{old}.delora_A").removesuffix(".delora_A") for old in adapted(tensors)}
     with contextlib.suppress(DeloraConfigError):
-        if set(target_linears(module, config)) == set(layers.values()):
+        if set(target_layers(module, config)) == set(layers.values()):
             return config, moved
-    inputs = {old: tensors[f"{old}.delora_A"].shape[1] for old in layers}
+    inputs = {old: tensors[f"{old}.delora_w_norm"].numel() for old in layers}
     plain = dataclasses.replace(config, lambda_pattern={})
     return dataclasses.replace(
         config,
@@ -122,8 +123,8 @@ def _fits(module: nn.Module, layer: str, tensors: Mapping[str, Tensor]) -> bool:
     A, B = tensors[f"{layer}.delora_A"], tensors.get(f"{layer}.delora_B")
     with contextlib.suppress(AttributeError):
         linear = module.get_submodule(_name_in(module, f"{layer}.delora_A").removesuffix(".delora_A"))
-        sizes = (A.shape[-1], B.shape[0] if B is not None else None)
-        return isinstance(linear, nn.Linear) and sizes == (linear.in_features, linear.out_features)
+        kind, sizes = kind_of(linear), (tuple(A.shape[1:]), B.shape[0] if B is not None else None)
+        return kind is not None and sizes == (kind.inputs(linear), kind.outputs(linear))
     return False
 
 

@@ -15,21 +15,24 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import DeloraError
-from ..method.config import PRESETS, DeloraConfig
+from ..method.config import CONFIG_NAME as CONFIG_NAME
+from ..method.config import PRESETS, TASK_TYPES, DeloraConfig
 from ..method.delora import NORM_FLOOR, TENSOR_NAMES
 from ..method.patterns import compiled, starts_of
 from ..method.targets import within
-from .adapter import adapted, in_full, layer_tensors
+from .adapter import Adapter, adapted, in_full, layer_tensors
 
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+#: In a header: layers of other kinds than Linear.
+NOT_LINEAR = "not_linear"
 
 
 class PeftFormatError(DeloraError):
@@ -42,13 +45,54 @@ def from_peft(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple
     Raises:
         TypeError, ValueError: values that no configuration can have.
     """
-    known = {name: values[name] for name in DeloraConfig.__dataclass_fields__ if values.get(name) is not None}
-    known["init_weights"] = "zero" if values.get("init_weights", True) else "kaiming"
+    layers = {key.removeprefix(PREFIX).removesuffix(".delora_A") for key in tensors if key.endswith(".delora_A")}
+    config = dataclasses.replace(DeloraConfig.from_peft_fields(values), inference_mode=False)  # PEFT's are all True
     named = {}
     for key, tensor in tensors.items():
-        if ".original_module." not in key:  # with bias="all" PEFT also writes what modules_to_save stands in for
-            named[_plain_name(key.removeprefix(PREFIX))] = tensor
-    return DeloraConfig(**known), named
+        name = _plain_name(key.removeprefix(PREFIX), layers, config)
+        if name is not None:
+            named[name] = tensor
+    return dataclasses.replace(config, modules_to_save=_saved_in(config, named)), named
+
+
+def _plain_name(name: str, layers: Container[str], config: DeloraConfig) -> str | None:
+    """A tensor's name without what PEFT wraps modules in; None for what is the base's.
+
+    PEFT wraps an adapted layer in `base_layer`, and a module of `modules_to_save` in two. It writes more of the base
+    than it needs: the weight of an adapted output layer, and what modules that are saved stand in for.
+    """
+    if ".delora_w_norm." in name:  # PEFT takes it for a module called norm, and writes it again beside itself
+        return None
+    owner, _, leaf = name.rpartition(".")
+    host = owner.removesuffix(".base_layer")
+    if host != owner and host in layers:
+        return f"{host}.{leaf}" if leaf == "bias" and config.bias != "none" else None
+    for wrapper in ("modules_to_save", "original_module"):
+        module, found, rest = name.partition(f".{wrapper}.")
+        if found and any(_ends_in(module, pattern) for pattern in config.modules_to_save or ()):
+            return None if wrapper == "original_module" else f"{module}.{rest}"
+    return name
+
+
+def _saved_in(config: DeloraConfig, named: Mapping[str, Tensor]) -> list[str] | None:
+    """`modules_to_save` of a file: of the names that a head may have, those that it has, and embeddings, which PEFT
+    writes without saying so where they have been resized or asked for."""
+    full, biases = in_full(named), config.bias == "all"
+    patterns = [
+        pattern
+        for pattern in config.modules_to_save or ()
+        if pattern not in TASK_TYPES.get(config.task_type or "", ())
+        or any(within(pattern, name.rpartition(".")[0]) for name in full)
+    ]
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in full if not (biases and name.endswith(".bias")))
+    adapted_ones = set(adapted(named))
+    others = [o for o in owners if o not in adapted_ones and not any(within(pattern, o) for pattern in patterns)]
+    return [*patterns, *map(re.escape, others)] or None
+
+
+def _ends_in(name: str, pattern: str) -> bool:
+    """Whether a pattern of `modules_to_save` names the module `name` itself."""
+    return any(compiled(pattern).fullmatch(name, start) for start in starts_of(name))
 
 
 def to_peft(config: DeloraConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -71,7 +115,7 @@ def to_peft(config: DeloraConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[s
         owner, _, leaf = name.rpartition(".")
         named[f"{PREFIX}{owner}.base_layer.{leaf}" if owner in layers else PREFIX + name] = tensor
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in named.items()}
-    config = _absolute(config, {layer: tensors[f"{layer}.delora_A"].shape[1] for layer in layers})
+    config = _absolute(config, {layer: tensors[f"{layer}.delora_w_norm"].numel() for layer in layers})
     return _fields(config, layers, residual=residual, saved=saved_modules(config, tensors)), plain
 
 
@@ -82,7 +126,7 @@ def saved_modules(config: DeloraConfig, tensors: Iterable[str]) -> list[str]:
         parts = name.split(".")
         owners = [".".join(parts[:length]) for length in range(1, len(parts))]
         for pattern in config.modules_to_save or ():
-            whole = [o for o in owners if any(compiled(pattern).fullmatch(o, start) for start in starts_of(o))]
+            whole = [owner for owner in owners if _ends_in(owner, pattern)]
             if within(pattern, ".".join(parts[:-1])) and whole:
                 found[whole[0]] = None
     return list(found)
@@ -97,6 +141,11 @@ def check_expressible(module: nn.Module, config: DeloraConfig, tensors: Mapping[
         PeftFormatError: naming what would be missing.
     """
     saved = saved_modules(config, tensors)
+    if own := [name for name in saved if "delora_w_norm".endswith(name)]:
+        raise PeftFormatError(
+            f"PEFT cannot open this adapter: it would take its own delora_w_norm for the module {own[0]!r} of "
+            f"modules_to_save; keep the native file, or merge the adapter into the base (delora merge)"
+        )
     for name, child in module.named_modules() if saved else ():
         keys = child.state_dict() if name.endswith(tuple(saved)) else ()
         if missing := [key for key in keys if f"{name}.{key}" not in tensors]:
@@ -107,13 +156,39 @@ def check_expressible(module: nn.Module, config: DeloraConfig, tensors: Mapping[
             )
 
 
+def not_linear(modules: Mapping[str, nn.Module], tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    """What an adapter's header says of its layers that are not Linear, which PEFT's DeLoRA cannot hold; {} of none.
+
+    Args:
+        modules: that carry it, by component.
+        tensors: its tensors, by component.
+    """
+    others = [
+        f"{component}.{layer}".lstrip(".")
+        for component, named in tensors.items()
+        for layer in adapted(named)
+        if not isinstance(modules[component].get_submodule(layer), nn.Linear)
+    ]
+    return {NOT_LINEAR: f"{len(others)} layers ({', '.join(others[:3])})"} if others else {}
+
+
+def check_kinds(adapter: Adapter) -> None:
+    """Refuse layers that PEFT's DeLoRA does not adapt.
+
+    Raises:
+        PeftFormatError: naming some.
+    """
+    convolutions = [n for named in adapter.tensors.values() for n in adapted(named) if named[f"{n}.delora_A"].ndim > 2]
+    if found := adapter.provenance.get(NOT_LINEAR) or ", ".join(convolutions[:3]):
+        raise PeftFormatError(
+            f"PEFT's DeLoRA adapts nn.Linear only, and this adapter is for others too: {found}; keep the native file, "
+            f"export a LoRA (delora export, which holds convolutions), or merge it into the base"
+        )
+
+
 def exactly(layers: Iterable[str]) -> str:
     """A regular expression for `target_modules` that matches these layers and nothing else."""
     return "|".join(re.escape(layer) for layer in layers)
-
-
-def _plain_name(name: str) -> str:
-    return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
 
 
 def _as_one(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,4 +235,4 @@ def _fields(config: DeloraConfig, layers: list[str], *, residual: bool, saved: l
         chosen = ("exclude_modules", "layers_to_transform", "layers_pattern")
         fields |= {"target_modules": exactly(layers), **dict.fromkeys(chosen)}
     fields |= {"init_weights": config.init_weights == "zero", "modules_to_save": saved or None}
-    return {"peft_type": "DELORA", "task_type": None, "inference_mode": True, **fields}
+    return {**fields, "peft_type": "DELORA", "inference_mode": True}

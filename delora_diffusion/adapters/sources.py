@@ -13,6 +13,7 @@ from ..families import family_of
 from ..method.inject import delora_config, delora_names
 from ..method.state import delora_state_dict
 from .adapter import Adapter
+from .peft import not_linear
 from .read import read_adapter
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def collect(
     if not having:
         raise DeloraError(f"none of {', '.join(modules)} has an adapter called {adapter_name!r}")
     tensors = {c: delora_state_dict(m, adapter_name, at_current_weight=at_current_weight) for c, m in having.items()}
-    return Adapter(tensors, {c: delora_config(m, adapter_name) for c, m in having.items()}, dict(provenance or {}))
+    told = {**(provenance or {}), **not_linear(having, tensors)}
+    return Adapter(tensors, {c: delora_config(m, adapter_name) for c, m in having.items()}, told)
 
 
 def live_modules(source: Any) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, check_layers, update_of
+from ..adapters.adapter import Adapter, adapted, check_layers, update_of
 from ..adapters.safetensors_file import AdapterFileError
 from ..adapters.sources import as_adapter
 from ..errors import DeloraError
@@ -91,6 +91,17 @@ def summed(
     return {c: {layer: added(members) for layer, members in layers.items()} for c, layers in parts.items()}, tuple(
         notes
     )
+
+
+def kernels(adapters: Sequence[Adapter]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """(component, layer) -> channels, height and width of what an adapted convolution reads."""
+    return {
+        (component, layer): tuple(tensors[f"{layer}.delora_A"].shape[1:])
+        for adapter in adapters
+        for component, tensors in adapter.tensors.items()
+        for layer in adapted(tensors)
+        if tensors[f"{layer}.delora_A"].ndim == 4
+    }
 
 
 def _check_same_base(layer: str, w: Tensor, norms: dict[str, Tensor]) -> None:

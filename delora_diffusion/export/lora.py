@@ -7,6 +7,7 @@ exactly, and nothing is fitted. Several adapters become one LoRA whose ranks add
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..atomic import complete_file
 from ..families import Architecture
 from ..method.lowrank import LowRank
 from ..run_folder import ADAPTER_NAME, LORA_NAME
-from .combine import Updates, compressed_updates, gathered, known_architecture, summed
+from .combine import Updates, compressed_updates, gathered, kernels, known_architecture, summed
 from .lora_names import LoraError, looked_up, lora_name, missing_attention, style_of, tensor_endings
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -98,6 +99,7 @@ def export_lora(
     family = known_architecture(adapters, updates, architecture)
     style = style_of(format, set(updates), family)
     tensors, width, more = _tensors(updates, style, family, DTYPES[dtype])
+    convolutions = _as_kernels(tensors, kernels(adapters), style, family)
     if format == "comfyui":
         more += _lost_in_comfyui(updates, style, family)
     header = {"format": "pt"}
@@ -112,6 +114,8 @@ def export_lora(
             provenance=adapters[0].provenance,
             trigger=trigger or _triggers(adapters),
         )
+        if convolutions:  # as kohya says it of a LoCon
+            header["ss_network_args"] = json.dumps({"conv_dim": str(width), "conv_alpha": str(float(width))})
     with complete_file(path) as aside:
         write_tensors(aside, tensors, header)
     counts = {component: len(layers) for component, layers in updates.items()}
@@ -182,6 +186,21 @@ def _tensors(
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise LoraError(f"{wrong[0]} does not fit into fp16; export as fp32")
     return tensors, rank, notes
+
+
+def _as_kernels(
+    tensors: dict[str, Tensor],
+    shapes: Mapping[tuple[str, str], tuple[int, ...]],
+    style: str,
+    architecture: Architecture | None,
+) -> int:
+    """Give the two halves of a convolution's update the shapes of a LoCon's: k x k, then 1 x 1. Returns how many."""
+    down_end, up_end = tensor_endings(style)
+    for (component, layer), shape in shapes.items():
+        name = lora_name(style, component, layer, architecture)
+        down, up = tensors[name + down_end], tensors[name + up_end]
+        tensors[name + down_end], tensors[name + up_end] = down.view(-1, *shape), up[:, :, None, None]
+    return len(shapes)
 
 
 def _zeros(near: str, factors: LowRank, rank: int) -> LowRank:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.peft import CONFIG_NAME, WEIGHTS_NAME, PeftFormatError, check_expressible, to_peft
+from ..adapters.peft import CONFIG_NAME, WEIGHTS_NAME, PeftFormatError, check_expressible, check_kinds, to_peft
 from ..adapters.safetensors_file import with_checksum, write_tensors
 from ..adapters.sources import as_adapter, live_modules
 from ..atomic import complete_file
@@ -42,6 +42,7 @@ def export_peft(
         PeftFormatError: an adapter that PEFT cannot express, or one that must not be replaced; nothing is written.
     """
     adapter = as_adapter(source, adapter_name)
+    check_kinds(adapter)
     modules = live_modules(source)
     for component, tensors in adapter.tensors.items():
         if component in modules:

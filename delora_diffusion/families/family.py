@@ -52,7 +52,7 @@ class Architecture:
         encoders: text encoders that LoRA loaders know, with their prefix in kohya's names.
         model_spec: `modelspec.architecture`, "" where no tool has agreed on one.
         base_version: kohya's `ss_base_model_version`, by which A1111 hides LoRAs that do not fit; "" as above.
-        found: regex of the Linear layers of the denoiser that ComfyUI, and A1111 in a UNet, have names for: their
+        found: regex of the layers of the denoiser that ComfyUI, and A1111 in a UNet, have names for: their
             tables in September 2026; "" where they have none.
     """
 

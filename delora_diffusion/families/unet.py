@@ -66,11 +66,11 @@ _BLOCKS = (
     r"((down_blocks|up_blocks)\.\d+\.resnets\.\d+|mid_block\.resnets\.[1-9]\d*"
     r"|((down_blocks|up_blocks)\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+)"
 )
-#: Linear layers of these UNets in the tables of ComfyUI and A1111.
+#: Linear and convolutional layers of these UNets in the tables of ComfyUI and A1111.
 _FOUND = (
     r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\."
-    r"(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)))|resnets\.\d+\.time_emb_proj)"
-    r"|(time|add)_embedding\.linear_[12]"
+    r"(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)))|resnets\.\d+\.(time_emb_proj|conv1|conv2|conv_shortcut)"
+    r"|(down|up)samplers\.0\.conv)|(time|add)_embedding\.linear_[12]|conv_in|conv_out"
 )
 
 

@@ -8,10 +8,12 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ..atomic import complete_file
 from ..errors import DeloraError
 from ..peft_bridge import peft_config
 from .patterns import PatternError, compiled, starts_of
@@ -30,10 +32,21 @@ ATTENTION_FF = (
     r"|feed_forward\.(linear_[123]|w[123])|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
     r"|mlp\.fc[12]|DenseReluDense\.w(i|i_0|i_1|o)))"
 )
+#: Those, and the convolutions of a UNet's blocks.
+ATTENTION_FF_CONV = (
+    rf"({ATTENTION_FF}|(.*\.)?(resnets\.\d+\.(conv1|conv2|conv_shortcut)|(down|up)samplers\.\d+\.conv"
+    r"|attentions\.\d+\.proj_(in|out)))"
+)
 ALL_LINEAR = "all-linear"
 _LARGEST = 1e30  # of lambda: fp32 also holds what is multiplied with it
-PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION_FF}
+PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION_FF, "attention+ff+conv": ATTENTION_FF_CONV}
 INIT_CHOICES = ("zero", "residual", "paired", "kaiming")
+#: PEFT's, with the names that the layers of a task's head go by: a new head is trained in full.
+TASK_TYPES: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",),
+    "CAUSAL_LM": (), "SEQ_2_SEQ_LM": (), "FEATURE_EXTRACTION": (),
+}  # fmt: skip
+CONFIG_NAME = "adapter_config.json"
 BIAS_CHOICES = ("none", "all", "delora_only")
 
 
@@ -48,10 +61,11 @@ class DeloraConfig:
     Attributes:
         r: rank of every adapter, unless `rank_pattern` says otherwise.
         delora_lambda: initial lambda, the bound of the update: |dW|_F <= lambda * max_j |W[:, j]|.
-        target_modules: names of the `nn.Linear` layers to adapt: a list (exact names or dotted suffixes), one regular
-            expression that must match a whole name, "all-linear" (every Linear but the output layer and a new
-            classifier's), "attention" or None (the attention projections of diffusers models and text encoders), or
-            "attention+ff" (the feed-forward layers of the same blocks as well).
+        target_modules: names of the layers to adapt (Linear, Conv2d, Embedding, transformers' Conv1D): a list (exact
+            names or dotted suffixes), one regular expression that must match a whole name, "all-linear" (every Linear
+            and Conv1D but the output layer and a new classifier's), "attention" or None (the attention projections of
+            diffusers models and text encoders), "attention+ff" (the feed-forward layers of the same blocks as well),
+            or "attention+ff+conv" (and the convolutions of a UNet's blocks).
         exclude_modules: names to leave out, in the same forms.
         rank_pattern: {name suffix or regex: rank}, where it differs from `r`.
         lambda_pattern: {name suffix or regex: lambda}, where it differs from `delora_lambda`.
@@ -67,7 +81,11 @@ class DeloraConfig:
         modules_to_save: names of further modules that are trained in full and saved with the adapter.
         init_weights: "zero" (A Kaiming, B = 0: PEFT's True), "residual" (both Kaiming, the initial update
             subtracted: the paper's Eq. 9), "paired" (components in pairs with equal a and opposite b), "kaiming"
-            (both Kaiming, not an identity at the start: PEFT's False).
+            (both Kaiming, not an identity at the start: PEFT's False). PEFT's True and False are taken as well.
+        task_type: what the model is for, in PEFT's words. The head of a classification ("SEQ_CLS", "TOKEN_CLS",
+            "QUESTION_ANS") is added to `modules_to_save` by `DeloraModel`.
+        inference_mode: adapters are not trained.
+        revision: of the base on the Hub, for the adapter's file.
 
     Raises:
         DeloraConfigError: a value that cannot be meant, naming the field, the value and what is allowed.
@@ -86,8 +104,16 @@ class DeloraConfig:
     modules_to_save: list[str] | None = None
     init_weights: str = "zero"
     relative_lambda: float | None = None
+    task_type: str | None = None
+    inference_mode: bool = False
+    revision: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.init_weights, bool):  # as PEFT has it
+            object.__setattr__(self, "init_weights", "zero" if self.init_weights else "kaiming")
+        object.__setattr__(self, "task_type", self.task_type and getattr(self.task_type, "value", self.task_type))
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise DeloraConfigError(f"task_type is {self.task_type!r}; choose one of {', '.join(TASK_TYPES)}, or none")
         self._check_kinds()
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -175,6 +201,34 @@ class DeloraConfig:
         except (ValueError, RecursionError) as error:
             raise DeloraConfigError(f"the configuration is not JSON: {error}") from error
         return cls.from_dict(values)
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write `adapter_config.json` into a folder, as PEFT does; returns the file."""
+        path = Path(directory) / CONFIG_NAME
+        with complete_file(path) as aside:
+            aside.write_text(json.dumps({"peft_type": "DELORA", **self.to_dict()}, indent=2, sort_keys=True) + "\n")
+        return path
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> DeloraConfig:
+        """The configuration in a folder of ours or of PEFT's.
+
+        Raises:
+            DeloraConfigError: none there, or one of another method.
+        """
+        path = Path(directory) / CONFIG_NAME
+        try:
+            values = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
+            raise DeloraConfigError(f"cannot read {path}: {error}; give a folder with {CONFIG_NAME}") from error
+        if values.get("peft_type") != "DELORA":
+            raise DeloraConfigError(f"{path} is of the method {values.get('peft_type')}, not DELORA")
+        return cls.from_peft_fields(values)
+
+    @classmethod
+    def from_peft_fields(cls, values: Mapping[str, Any]) -> DeloraConfig:
+        """The configuration in the fields of PEFT's file, of which there are more."""
+        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if values.get(f.name) is not None})
 
     def to_peft(self) -> Any:
         """PEFT's own `DeloraConfig` of the same fields. What is adapted with it (as by trl's `peft_config=`) runs

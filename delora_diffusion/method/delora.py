@@ -1,4 +1,4 @@
-"""DeLoRA, decoupled low-rank adaptation, for any `nn.Module` that holds `nn.Linear` layers.
+"""DeLoRA, decoupled low-rank adaptation, for any `nn.Module` that holds layers of the kinds in `kinds.py`.
 
 The method (Bini, Girrbach, Akata, ICLR 2025, arXiv 2503.18225). For a frozen weight W (out x in) and rank r
 
@@ -7,8 +7,8 @@ The method (Bini, Girrbach, Akata, ICLR 2025, arXiv 2503.18225). For a frozen we
 a_i is row i of A (r x in), b_i column i of B (out x r), lambda one learnable number per layer and w fixed. Direction
 (A, B) and strength (lambda) are decoupled: |dW|_F <= lambda * max_j w_j, whatever A and B become.
 
-An adapter is a child module of the Linear it adapts, called `delora`, plus one forward hook. Nothing is replaced or
-renamed, so checkpoints of the base load before or after injection, and any subclass of `nn.Linear` can carry one.
+An adapter is a child module of the layer it adapts, called `delora`, plus one forward hook. Nothing is replaced or
+renamed, so checkpoints of the base load before or after injection, and any subclass of such a layer can carry one.
 
     names = inject_delora(unet, DeloraConfig(r=16, delora_lambda=4.0))
     ... train the parameters that require a gradient ...
@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from .forward_pass import ForwardPass
+from .kinds import LINEAR, Host, Kind, add_low_rank
 from .lowrank import LowRank, added
 from .offloaded import stored, written
 
@@ -61,19 +62,26 @@ def _factors(A: Tensor, B: Tensor, scale: Tensor, w: Tensor, a: Tensor, b: Tenso
     return LowRank(A * (w[..., None, :] / a[..., :, None]), B * (scale / A.shape[-2] / b)[..., None, :])
 
 
-def factors_of(tensors: Mapping[str, Tensor], weight: Tensor | float = 1.0) -> LowRank:
+def factors_of(
+    tensors: Mapping[str, Tensor], weight: Tensor | float = 1.0, *, columns: Tensor | None = None
+) -> LowRank:
     """`delora_factors` of one layer's tensors by their names in a file; rank 2r where there is an initial update.
 
     Args:
-        tensors: `TENSOR_NAMES`, and `INIT_TENSOR_NAMES` for a residual adapter.
+        tensors: `TENSOR_NAMES`, and `INIT_TENSOR_NAMES` for a residual adapter; A may have a kernel's shape.
         weight: strength; lambda is multiplied by it.
+        columns: of W, if only these are needed: indices (n,), for a `down` of (r, n).
     """
-    w = tensors["delora_w_norm"]
-    update = delora_factors(tensors["delora_A"], tensors["delora_B"], tensors["delora_lambda"] * weight, w)
-    if "delora_A_init" in tensors:
-        scale = -tensors["delora_lambda_init"] * weight
-        return added([update, delora_factors(tensors["delora_A_init"], tensors["delora_B_init"], scale, w)])
-    return update
+    parts = []
+    for names, sign in ((TENSOR_NAMES, 1), (INIT_TENSOR_NAMES, -1)):
+        if names[0] in tensors:
+            A, B, lam = (tensors[name] for name in names[:3])
+            A, w = A.flatten(1), tensors["delora_w_norm"]
+            a, b = _norms(A, -1), _norms(B, -2)
+            if columns is not None:
+                A, w = A.index_select(1, columns), w.index_select(0, columns)
+            parts.append(_factors(A, B, sign * lam * weight, w, a, b))
+    return added(parts) if len(parts) > 1 else parts[0]
 
 
 def _norms(matrices: Tensor, dim: int) -> Tensor:
@@ -161,20 +169,11 @@ def form_factors(
     return down, up
 
 
-def add_low_rank(x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """y + x (up @ down)^T: x (..., in), y (..., out), down and up in y's dtype. It keeps a LoRA's activations."""
-    if torch.is_autocast_enabled(x.device.type):  # the layer has chosen the dtype of y: keep to it
-        with torch.autocast(x.device.type, enabled=False):
-            return add_low_rank(x, y, down, up)
-    h = (x if x.dtype is y.dtype else x.to(y.dtype)).reshape(-1, x.shape[-1]).mm(down.t())
-    return torch.addmm(y.reshape(-1, y.shape[-1]), h, up.t()).view(y.shape)
-
-
 # ---- one adapter, and all adapters of one Linear -------------------------------------------------
 
 
 class DeloraAdapter(nn.Module):
-    """One adapter of one Linear: A (r, in), B (out, r) and lambda (1,), fp32 on the Linear's device, always.
+    """One adapter of one layer: A (r, in), B (out, r) and lambda (1,), fp32 on the layer's device, always.
 
     `delora_weight` is the strength given to the adapter by `set_delora_adapters` and by a lambda ramp; it is no part
     of the file. A tensor, so that changing it recompiles nothing.
@@ -186,8 +185,11 @@ class DeloraAdapter(nn.Module):
     delora_B_init: Tensor
     delora_lambda_init: Tensor
 
-    def __init__(self, w_norm: Tensor, out_features: int, *, rank: int, dropout: float) -> None:
+    def __init__(
+        self, w_norm: Tensor, out_features: int, *, rank: int, dropout: float, inputs: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
+        self.inputs = inputs  # what the columns of A stand for: of a convolution the channels and the kernel
         device = w_norm.device
         self.delora_A = nn.Parameter(torch.empty(rank, w_norm.numel(), dtype=torch.float32, device=device))
         self.delora_B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32, device=device))
@@ -227,8 +229,12 @@ class DeloraAdapter(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
         """Add the update's output with factors formed here: x (..., in), y = W x + b (..., out) -> y + dW x."""
-        down, up = self.factors()
-        return add_low_rank(x, y, down.to(y.dtype), (up * scale if scale != 1 else up).to(y.dtype))
+        return add_low_rank(x, y, *self.formed(y.dtype, scale))
+
+    def formed(self, dtype: torch.dtype, scale: float, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`down` and `up` at `scale` times the current weight, formed here; of these columns alone if given."""
+        down, up = self.factors(columns)
+        return down.to(dtype), (up * scale if scale != 1 else up).to(dtype)
 
     def kind(self) -> tuple[Any, ...]:
         """What adapters have in common whose factors can be formed together: sizes, start and device."""
@@ -236,15 +242,23 @@ class DeloraAdapter(nn.Module):
         assert A is not None and B is not None
         return A.shape[0], A.shape[1], B.shape[0], self.is_residual, A.device
 
-    def factors(self) -> LowRank:
+    def factors(self, columns: Tensor | None = None) -> LowRank:
         """The update at the current weight; its rank is 2r for a residual adapter."""
         device = self.delora_weight.device  # a buffer that stays where the rest is brought to
-        return factors_of({name: tensor.to(device) for name, tensor in self.tensors().items()}, self.delora_weight)
+        return factors_of(
+            {name: tensor.to(device) for name, tensor in self.tensors().items()}, self.delora_weight, columns=columns
+        )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file holds of this adapter, by PEFT's names."""
+        """What a file holds of this adapter, by PEFT's names; A in the shape of a kernel where it is one."""
         names = (*TENSOR_NAMES, *(INIT_TENSOR_NAMES if self.is_residual else ()))
-        return {name: stored(self, name) for name in names}
+        return {name: self.shaped(name, stored(self, name)) for name in names}
+
+    def shaped(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of this adapter as a file holds it; one that cannot be of this adapter stays as it is."""
+        kernel = len(self.inputs) > 1 and name in (TENSOR_NAMES[0], INIT_TENSOR_NAMES[0])
+        fits = kernel and tensor[:1].numel() == math.prod(self.inputs)
+        return tensor.view(-1, *self.inputs) if fits else tensor
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         if any(key.startswith(prefix) for key in state_dict):  # a checkpoint of the base alone lacks nothing
@@ -259,19 +273,20 @@ class DeloraAdapter(nn.Module):
 
 
 class DeloraLayer(nn.Module):
-    """All adapters of one Linear. `active` ones add their update, unless they are merged or everything is disabled.
+    """All adapters of one layer. `active` ones add their update, unless they are merged or everything is disabled.
 
     During a forward pass of the adapted module `factors` holds what was formed for it, and `scale` what it was asked
     for. A layer that is called by itself forms its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Kind = LINEAR) -> None:
         super().__init__()
+        self.kind = kind
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.merged: dict[str, float] = {}  # name -> the weight it was merged with
         self.enabled = True
-        self.base_weight: Tensor | None = None  # W, while the Linear holds a merged weight
+        self.base_weight: Tensor | None = None  # while the layer holds a merged weight
         self.hook: RemovableHandle | None = None
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.scale = 1.0
@@ -285,30 +300,33 @@ class DeloraLayer(nn.Module):
         """The adapters that add their update beside the weight."""
         return tuple(name for name in self.active if name not in self.merged) if self.enabled else ()
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y = W x + b (..., out) plus the updates of the active adapters."""
+    def forward(self, x: Tensor, y: Tensor, host: nn.Module | None = None) -> Tensor:
+        """y = W x + b (..., out) plus the updates of the active adapters; `host` is the layer that gave y."""
         again = None if torch.compiler.is_compiling() else ForwardPass.computed_again(self)
         for name in self.acting() if again is None else again.acting[self]:
             adapter = self[name]
             factors = self.factors.get(name) if again is None else again.factors(self, name)
-            x_in = x if adapter.dropout is None else adapter.dropout(x)
-            if factors is None or factors[0].dtype != y.dtype:
-                y = adapter(x_in, y, self.scale)
-            else:
-                y = add_low_rank(x_in, y, *factors)
+            if self.kind.gathers:
+                factors = adapter.formed(y.dtype, self.scale, x.reshape(-1))
+                if adapter.dropout is not None:  # of one-hot inputs
+                    factors = factors[0] * adapter.dropout(factors[0].new_ones(x.numel())), factors[1]
+            elif factors is None or factors[0].dtype != y.dtype:
+                factors = adapter.formed(y.dtype, self.scale)
+            x_in = x if adapter.dropout is None or self.kind.gathers else adapter.dropout(x)
+            y = self.kind.add(host, x_in, y, *factors)
         return y
 
     @torch.no_grad()
-    def restore(self, linear: nn.Linear) -> None:
-        """Undo a merge: the Linear holds its own W again, bit for bit."""
+    def restore(self, linear: Host) -> None:
+        """Undo a merge: the layer holds its own weight again, bit for bit."""
         if self.base_weight is not None:
             written(linear).copy_(self.base_weight)
             self.base_weight, self.merged = None, {}
 
 
 def add_update(linear: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor) -> Tensor:
-    """The forward hook of an adapted Linear."""
-    x = args[0] if args else kwargs["input"]
+    """The forward hook of an adapted layer."""
+    x = args[0] if args else next(iter(kwargs.values()))
     layer: Any = linear._modules["delora"]
-    result: Tensor = layer.forward(x, output)
+    result: Tensor = layer.forward(x, output, linear)
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,10 +17,11 @@ from .block_weights import Weight, layer_weights, listed, one_each
 from .config import DeloraConfig
 from .delora import DeloraAdapter, DeloraLayer, add_update
 from .fused import Place, fused_places
+from .kinds import Host, known_kind
 from .offloaded import runs_on, stored, written
 from .saving import guard_saving, unguard_saving
 from .stack import end_forward, start_forward
-from .targets import target_linears, within
+from .targets import adaptable, only_layers, target_layers, within
 from .weights import column_norms, keep_unpacked, may_pack
 
 # ---- injecting and removing ----------------------------------------------------------------------
@@ -37,7 +38,7 @@ class Record:
     base_values: dict[str, Tensor] = field(default_factory=dict)  # what a value above stands in for
     in_place: dict[str, str] = field(default_factory=dict)  # by name, the adapter whose value that is
     enabled: bool = True  # False: no adapter acts, and the base's own parameters are in
-    layers: list[tuple[nn.Linear, DeloraLayer]] = field(default_factory=list)  # that are adapted
+    layers: list[tuple[Host, DeloraLayer]] = field(default_factory=list)  # that are adapted
     hooks: list[RemovableHandle] = field(default_factory=list)  # of the module itself
     unpacked: list[nn.Module] = field(default_factory=list)  # layers that may not pack their weights meanwhile
     fused: list[Place] = field(default_factory=list)  # where layers may be called in one that stands for them
@@ -54,9 +55,14 @@ class Record:
 
 
 def inject_delora(
-    module: nn.Module, config: DeloraConfig, adapter_name: str = "default", *, generator: torch.Generator | None = None
+    module: nn.Module,
+    config: DeloraConfig,
+    adapter_name: str = "default",
+    *,
+    generator: torch.Generator | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
-    """Add an adapter to the Linear layers that `config` names, freeze everything else, and make it the active one.
+    """Add an adapter to the layers that `config` names, freeze everything else, and make it the active one.
 
     The norms w are taken now: load the base's weights first (an adapter's file brings its own norms along). Of a
     quantised layer they are those of the dequantised weight, unless it knows better (see `weights.column_norms`).
@@ -66,37 +72,32 @@ def inject_delora(
         config: which layers, which rank, which lambda.
         adapter_name: a name that `module` does not use yet, without dots.
         generator: a CPU generator for A and B; torch's global one if None.
+        state_dict: an adapter's tensors, whose layers are adapted instead of those that `config` names. They are not
+            loaded.
 
     Returns:
         The names of the adapted layers, in module order.
 
     Raises:
         ValueError: the name is taken or unusable, or `config` matches nothing.
-        TypeError: `config` names a layer that is not Linear.
+        DeloraConfigError: `config` names a layer of another kind (see `kinds.py`), or none.
     """
     record = getattr(module, "_delora", None) or Record()
-    if not all(listed(adapter_name)) or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
-        raise DeloraError(f"{adapter_name!r} cannot name an adapter; use letters, digits, - and _")
-    if adapter_name in record.configs:
-        raise DeloraError(
-            f"{type(module).__name__} has an adapter {adapter_name!r} already; remove it or choose another name"
-        )
-    targets = target_linears(module, config)  # everything that can fail comes before the module is touched
+    _check_name(module, record, adapter_name)
+    if state_dict is not None:
+        ends = ".delora_A"
+        config = only_layers(config, [name.removesuffix(ends) for name in state_dict if name.endswith(ends)])
+    targets = target_layers(module, config)  # everything that can fail comes before the module is touched
     record.unpacked += keep_unpacked(module)
     adapters = {name: _new_adapter(config, name, linear, generator) for name, linear in targets.items()}
     full = _trained_in_full(module, config, targets, record.base_values)
-    adapted = [name for name in delora_layers(module) if f"{name}.weight" in full]
-    saved = {name for values in record.trained_in_full.values() for name in values}
-    if clash := adapted + [name for name in targets if f"{name}.weight" in saved]:
-        raise DeloraError(
-            f"{clash[0]!r} cannot be adapted by one adapter and trained in full by another; leave it out of one"
-        )
+    _check_no_clash(module, record, targets, full)
     if not record.configs:
         record.requires_grad = {name: p.requires_grad for name, p in module.named_parameters()}
         module.requires_grad_(False)
     for name, linear in targets.items():
         if not hasattr(linear, "delora"):
-            layer = linear.delora = DeloraLayer()
+            layer = linear.delora = DeloraLayer(known_kind(linear))
             layer.enabled = record.enabled
         layer_of(linear).adapters[adapter_name] = adapters[name].train(linear.training)
     record.configs[adapter_name] = config
@@ -105,25 +106,46 @@ def inject_delora(
     guard_saving(module)
     update_hooks(module)
     set_delora_adapters(module, adapter_name)
+    for p in parameters_of(module, adapter_name):
+        p.requires_grad_(not config.inference_mode)
     return list(targets)
 
 
-def _new_adapter(
-    config: DeloraConfig, name: str, linear: nn.Linear, generator: torch.Generator | None
-) -> DeloraAdapter:
+def _check_name(module: nn.Module, record: Record, adapter_name: str) -> None:
+    if not all(listed(adapter_name)) or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        raise DeloraError(f"{adapter_name!r} cannot name an adapter; use letters, digits, - and _")
+    if adapter_name in record.configs:
+        raise DeloraError(
+            f"{type(module).__name__} has an adapter {adapter_name!r} already; remove it or choose another name"
+        )
+
+
+def _check_no_clash(module: nn.Module, record: Record, targets: Iterable[str], full: Iterable[str]) -> None:
+    """Refuse to adapt what another adapter trains in full, and the other way round."""
+    adapted = [name for name in delora_layers(module) if f"{name}.weight" in set(full)]
+    saved = {name for values in record.trained_in_full.values() for name in values}
+    if clash := adapted + [name for name in targets if f"{name}.weight" in saved]:
+        raise DeloraError(
+            f"{clash[0]!r} cannot be adapted by one adapter and trained in full by another; leave it out of one"
+        )
+
+
+def _new_adapter(config: DeloraConfig, name: str, linear: Host, generator: torch.Generator | None) -> DeloraAdapter:
     w_norm = column_norms(linear)
+    kind = known_kind(linear)
     adapter = DeloraAdapter(
         w_norm.cpu() if generator else w_norm,
-        linear.out_features,
+        kind.outputs(linear),
         rank=config.rank_of(name),
         dropout=config.module_dropout,
+        inputs=kind.inputs(linear),
     )
-    adapter.initialise(config.lambda_of(name, linear.in_features), config.init_weights, generator)
+    adapter.initialise(config.lambda_of(name, w_norm.numel()), config.init_weights, generator)
     return adapter.to(runs_on(linear) or w_norm.device)
 
 
 def _trained_in_full(
-    module: nn.Module, config: DeloraConfig, targets: dict[str, nn.Linear], base_values: dict[str, Tensor]
+    module: nn.Module, config: DeloraConfig, targets: dict[str, Host], base_values: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Trainable copies of the base parameters that `bias` and `modules_to_save` name, and copies of buffers."""
     names = names_in_full(module, config, targets)
@@ -136,23 +158,26 @@ def _trained_in_full(
     return {name: nn.Parameter(t) if isinstance(base[name], nn.Parameter) else t for name, t in copies.items()}
 
 
-def names_in_full(module: nn.Module, config: DeloraConfig, targets: dict[str, nn.Linear]) -> list[str]:
+def names_in_full(module: nn.Module, config: DeloraConfig, targets: dict[str, Host]) -> list[str]:
     """The parameters that `bias` and `modules_to_save` name, where `targets` are the adapted layers, and the buffers
     of these modules that files hold: the averages of a BatchNorm, say."""
-    names = []
-    for name, _ in module.named_parameters():
+    own = {f"{name}." for name, _ in adaptable(module)} | {"."}
+    names: list[str] = []
+    seen: set[int] = set()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
-        saved = any(within(pattern, owner) for pattern in config.modules_to_save or ())
+        saved = any(within(pattern, owner) for pattern in config.modules_to_save or ())  # of tied weights, each alone
         bias = leaf == "bias" and (config.bias == "all" or (config.bias == "delora_only" and owner in targets))
-        if (saved or bias) and "delora" not in name.split("."):
+        if f"{owner}." in own and (saved or (bias and id(parameter) not in seen)):
             names.append(name)
+        seen.add(id(parameter))
     for pattern in config.modules_to_save or ():
         if not any(within(pattern, name.rpartition(".")[0]) for name in names):
             raise DeloraError(
                 f"modules_to_save {pattern!r} matches no module with parameters in {type(module).__name__}"
             )
     for name, part in module.named_modules() if config.modules_to_save else ():
-        if any(within(pattern, name) for pattern in config.modules_to_save or ()) and "delora" not in name.split("."):
+        if any(within(pattern, name) for pattern in config.modules_to_save or ()) and f"{name}." in own:
             kept = (leaf for leaf in part._buffers if leaf not in part._non_persistent_buffers_set)
             names += [f"{name}.{leaf}" for leaf in kept if part._buffers[leaf] is not None]
     return names
@@ -377,8 +402,8 @@ def _set_value(module: nn.Module, name: str, value: Tensor) -> None:
 # ---- looking adapters up ------------------------------------------------------------------------
 
 
-def delora_layers(module: nn.Module) -> dict[str, nn.Linear]:
-    """The adapted Linear layers of `module` by name."""
+def delora_layers(module: nn.Module) -> dict[str, Host]:
+    """The adapted layers of `module` by name."""
     return {name: m for name, m in module.named_modules() if isinstance(getattr(m, "delora", None), DeloraLayer)}  # type: ignore[misc]
 
 
@@ -391,6 +416,13 @@ def delora_adapters(module: nn.Module, adapter_name: str = "default") -> dict[st
     known_adapter(record_of(module), adapter_name)
     layers = {name: layer_of(linear) for name, linear in delora_layers(module).items()}
     return {name: layer[adapter_name] for name, layer in layers.items() if adapter_name in layer.adapters}
+
+
+def parameters_of(module: nn.Module, adapter_name: str) -> list[nn.Parameter]:
+    """The parameters of one adapter: of its layers, and those that it trains in full."""
+    own = [p for adapter in delora_adapters(module, adapter_name).values() for p in adapter.parameters()]
+    full = record_of(module).trained_in_full[adapter_name].values()
+    return [*own, *(value for value in full if isinstance(value, nn.Parameter))]
 
 
 def delora_config(module: nn.Module, adapter_name: str = "default") -> DeloraConfig:
@@ -418,13 +450,13 @@ def known_adapter(record: Record, name: str) -> str:
     return name
 
 
-def layer_of(linear: nn.Linear) -> DeloraLayer:
-    """The adapters of an adapted Linear."""
+def layer_of(linear: Host) -> DeloraLayer:
+    """The adapters of an adapted layer."""
     layer = linear.delora
     assert isinstance(layer, DeloraLayer)
     return layer
 
 
-def adapted_layers(module: nn.Module) -> list[tuple[nn.Linear, DeloraLayer]]:
-    """The adapted Linear layers of `module`, each with its adapters."""
+def adapted_layers(module: nn.Module) -> list[tuple[Host, DeloraLayer]]:
+    """The adapted layers of `module`, each with its adapters."""
     return [(linear, layer_of(linear)) for linear in delora_layers(module).values()]

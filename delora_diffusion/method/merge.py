@@ -24,11 +24,12 @@ from .inject import (
     remove_delora,
     update_hooks,
 )
+from .kinds import Host, known_kind
 from .lowrank import LowRank, added
 from .offloaded import stored, written
 from .weights import base_weight, dequantise, is_quantised
 
-Plan = list[tuple[str, nn.Linear, DeloraLayer, dict[str, float]]]
+Plan = list[tuple[str, Host, DeloraLayer, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _update(layer: DeloraLayer, merged: dict[str, float]) -> LowRank:
     return added(parts)
 
 
-def _write_sum(linear: nn.Linear, update: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _write_sum(linear: Host, update: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Put W + dW into a layer, cast to `dtype`: the norm of what the cast lost, and a number that is not finite
     where the sum is not. Both stay on the device, in fp64."""
     base, weight = base_weight(linear), written(linear)
@@ -166,9 +167,9 @@ def _write_sum(linear: nn.Linear, update: LowRank, dtype: torch.dtype) -> tuple[
     else:
         lost = spread = torch.linalg.vector_norm(exact.sub_(base.copy_(cast))).double()
     if cast.dtype == weight.dtype:  # in place: new tensors beside old ones would fragment the memory
-        weight.copy_(cast)
+        weight.copy_(known_kind(linear).as_weight(cast, weight.shape))
     else:
-        linear.weight.data = cast
+        linear.weight.data = known_kind(linear).as_weight(cast, weight.shape).contiguous()
     return lost, spread
 
 
@@ -197,7 +198,8 @@ def _undo(plan: Plan, before: Sequence[tuple[DeloraLayer, Tensor | None, dict[st
         if kept is not None:
             layer.base_weight, layer.merged = kept, merged
             update = _update(layer, merged)
-            written(linear).copy_(_sum(kept, update).to(linear.weight.dtype))
+            kind, there = known_kind(linear), written(linear)
+            there.copy_(kind.as_weight(_sum(kind.matrix(kept), update).to(there.dtype), there.shape))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DeloraError
+from .kinds import Host
 
 
 def stored(module: nn.Module, name: str) -> Tensor:
@@ -22,7 +23,7 @@ def stored(module: nn.Module, name: str) -> Tensor:
     return value
 
 
-def written(linear: nn.Linear) -> Tensor:
+def written(linear: Host) -> Tensor:
     """The weight of a Linear, to be written to in place.
 
     Raises:

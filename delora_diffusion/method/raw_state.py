@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from .inject import active_delora_adapters, delora_names, record_of
+from ..errors import DeloraError
+from .inject import active_delora_adapters, delora_adapters, delora_names, record_of
 from .state import IN_MODULE, load_delora_state_dict
 
 
@@ -49,16 +50,21 @@ def load_raw_adapter_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> 
     record, acting = record_of(module), active_delora_adapters(module)
     for adapter, named in found.items():
         if adapter not in record.configs:
-            raise ValueError(
+            raise DeloraError(
                 f"the state is of an adapter {adapter!r}, and this {type(module).__name__} has "
                 f"{', '.join(record.configs)}; add it before loading"
             )
         trained = record.trained_in_full[adapter]
+        for layer, own in delora_adapters(module, adapter).items():
+            for leaf in own.tensors():
+                name = f"{layer}.{leaf}"
+                if name in named:
+                    named[name] = own.shaped(leaf, named[name])
         if adapter in acting:  # only these are in a module's state dict
             named |= {name: full.pop(name) for name in trained if name in full}
         else:
             named |= {name: value.detach() for name, value in trained.items()}
     if full:
-        raise ValueError(f"the state holds {len(full)} parameters that no adapter trains here, e.g. {min(full)}")
+        raise DeloraError(f"the state holds {len(full)} parameters that no adapter trains here, e.g. {min(full)}")
     for adapter, named in found.items():
         load_delora_state_dict(module, named, adapter)

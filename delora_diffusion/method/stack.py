@@ -15,6 +15,7 @@ from torch import nn
 
 from .delora import DeloraAdapter, DeloraLayer, form_factors
 from .forward_pass import ForwardPass
+from .kinds import Host
 from .weights import weight_dtype
 
 #: Arguments of diffusers' denoisers in which a pipeline's call hands along a scale for its adapters.
@@ -40,7 +41,7 @@ def start_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
             current.acting[layer] = names
         for name in names:
             adapter = layer[name]
-            if name in record.configs and not waits(adapter):
+            if name in record.configs and not waits(adapter) and not layer.kind.gathers:
                 stacks.setdefault((name, *adapter.kind(), compute_dtype(linear, adapter)), []).append(
                     (layer, name, adapter)
                 )
@@ -81,7 +82,7 @@ def has_compiled_parts(module: nn.Module) -> bool:
     return any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in module.modules())
 
 
-def compute_dtype(linear: nn.Linear, adapter: DeloraAdapter) -> torch.dtype:
+def compute_dtype(linear: Host, adapter: DeloraAdapter) -> torch.dtype:
     """The precision in which a layer will be asked for its update, where its adapter is: its weight may come later."""
     kind, dtype = adapter.delora_A.device.type, weight_dtype(linear)
     if torch.is_autocast_enabled(kind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from ..errors import DeloraError
 from .config import DeloraConfig
 from .delora import INIT_TENSOR_NAMES, TENSOR_NAMES
 from .inject import delora_adapters, delora_layers, names_in_full, record_of, value_of
-from .targets import target_linears
+from .kinds import known_kind
+from .targets import target_layers
 from .weights import norms_off
 
 #: Between a layer's name and an adapter's, in the module's own names.
@@ -26,8 +28,9 @@ def delora_state_dict(
     at_current_weight: bool = False,
     gathered: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The adapter's tensors: `<layer>.delora_A` (r, in), `.delora_B` (out, r), `.delora_lambda` (1,),
-    `.delora_w_norm` (in,); `_init` copies for a residual adapter; parameters trained in full under their own names.
+    """The adapter's tensors: `<layer>.delora_A` (r, in), or (r, in, kh, kw) of a convolution, `.delora_B` (out, r),
+    `.delora_lambda` (1,), `.delora_w_norm` (in,), or (in * kh * kw,); `_init` copies for a residual adapter;
+    parameters trained in full under their own names.
 
     Args:
         at_current_weight: multiply lambda by the weight the adapter has now, as `set_delora_adapters` gave it.
@@ -36,7 +39,7 @@ def delora_state_dict(
     tensors, values = {}, gathered or {}
     for name, adapter in delora_adapters(module, adapter_name).items():
         for leaf, own in adapter.tensors().items():
-            tensor = values.get(f"{name}{IN_MODULE}{adapter_name}.{leaf}", own).detach()
+            tensor = values.get(f"{name}{IN_MODULE}{adapter_name}.{leaf}", own).detach().view_as(own)
             scaled = at_current_weight and leaf.startswith("delora_lambda")
             tensors[f"{name}.{leaf}"] = tensor * adapter.delora_weight.to(tensor.device) if scaled else tensor
     full = record_of(module).values_in_full(module, adapter_name)
@@ -60,11 +63,12 @@ def check_fits(module: nn.Module, config: DeloraConfig, tensors: Mapping[str, Te
     Raises:
         ValueError: as `load_delora_state_dict` does.
     """
-    targets = target_linears(module, config)
+    targets = target_layers(module, config)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, linear in targets.items():
-        rank, inputs, outputs = config.rank_of(name), linear.in_features, linear.out_features
-        sizes = ((rank, inputs), (outputs, rank), (1,), (inputs,))
+        kind, rank = known_kind(linear), config.rank_of(name)
+        inputs = kind.inputs(linear)
+        sizes = ((rank, *inputs), (kind.outputs(linear), rank), (1,), (math.prod(inputs),))
         shapes |= {f"{name}.{leaf}": size for leaf, size in zip(TENSOR_NAMES, sizes, strict=True)}
         if config.init_weights == "residual":
             shapes |= {f"{name}.{leaf}": size for leaf, size in zip(INIT_TENSOR_NAMES, sizes, strict=False)}

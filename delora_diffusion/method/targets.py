@@ -8,11 +8,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
-from .config import ALL_LINEAR, ATTENTION, PRESETS, DeloraConfig, DeloraConfigError, _pattern_for
+from .config import ALL_LINEAR, ATTENTION, PRESETS, TASK_TYPES, DeloraConfig, DeloraConfigError, _pattern_for
+from .delora import DeloraLayer
 from .fused import PARTS, is_fused
+from .kinds import LINEAR, TRANSPOSED, Host, kind_of, why_not
 from .patterns import compiled, starts_of
 
 #: nn.MultiheadAttention's `out_proj`: it reads the weight without calling the layer, whose hooks never run.
@@ -22,14 +25,14 @@ _NEW_HEADS = ("score", "classifier")
 _ANY_CONTAINER = r"[^.]*"  # the first numbered one
 
 
-def target_linears(module: nn.Module, config: DeloraConfig) -> dict[str, nn.Linear]:
-    """The Linear layers of `module` that `config` names, by dotted name, in module order.
+def target_layers(module: nn.Module, config: DeloraConfig) -> dict[str, Host]:
+    """The layers of `module` that `config` names, by dotted name, in module order.
 
     Raises:
-        DeloraConfigError: nothing matched (the message lists the kinds of Linear there are), a layer that is not
-            Linear was named, or a pattern of ranks or lambdas fits none of the matched layers.
+        DeloraConfigError: nothing matched (the message lists the kinds of Linear there are), a layer of
+            another kind was named, or a pattern of ranks or lambdas fits none of the matched layers.
     """
-    found: dict[str, nn.Linear] = {}
+    found: dict[str, Any] = {}
     for name, child in adaptable(module):
         if not is_target(config, name, child, module):
             continue
@@ -38,12 +41,13 @@ def target_linears(module: nn.Module, config: DeloraConfig) -> dict[str, nn.Line
                 f"target_modules names {name!r}, whose weight nn.MultiheadAttention reads without calling the layer: "
                 f"an adapter would not act; leave it out with exclude_modules"
             )
-        if isinstance(child, nn.Linear):
+        if kind_of(child) is not None:
             found[name] = child
         elif isinstance(config.target_modules, list) or next(child.children(), None) is None:
             raise DeloraConfigError(
-                f"target_modules names {name!r}, a {type(child).__name__}; DeLoRA adapts nn.Linear only: "
-                f"name Linear layers, or leave this one out with exclude_modules"
+                f"target_modules names {name!r}, a {type(child).__name__}{why_not(child)}; DeLoRA adapts nn.Linear, "
+                f"nn.Conv2d, nn.Embedding and transformers' Conv1D only: name such layers, or leave this one out with "
+                f"exclude_modules"
             )
     if not found:
         kinds = sorted({name.rpartition(".")[2] for name, child in adaptable(module) if isinstance(child, nn.Linear)})
@@ -62,10 +66,13 @@ def target_linears(module: nn.Module, config: DeloraConfig) -> dict[str, nn.Line
 
 def adaptable(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Named submodules of `module`, without those that belong to an adapter injected earlier, or copy others."""
+    inside = "\0"  # nothing begins so
     for name, child in module.named_modules():
         owner, _, leaf = name.rpartition(".")
+        if isinstance(child, DeloraLayer):
+            inside = f"{name}."
         copied = leaf in PARTS and is_fused(module.get_submodule(owner), leaf)
-        if name and "delora" not in name.split(".") and not copied:
+        if name and not f"{name}.".startswith(inside) and not copied:
             yield name, child
 
 
@@ -81,7 +88,7 @@ def is_target(config: DeloraConfig, name: str, child: nn.Module, root: nn.Module
     if targets == ALL_LINEAR:
         head = getattr(root, "get_output_embeddings", lambda: None)()
         new = hasattr(root, "base_model_prefix") and name.partition(".")[0] in _NEW_HEADS
-        return isinstance(child, nn.Linear) and child is not head and not new
+        return kind_of(child) in (LINEAR, TRANSPOSED) and child is not head and not new
     exact = isinstance(targets, list) and name in targets  # PEFT: a whole name needs no layer index
     return exact or (_named(targets, name) and _in_layers(config, name))
 
@@ -123,7 +130,7 @@ def _in_layers(config: DeloraConfig, name: str) -> bool:
 
 # ---- when nobody says which ---------------------------------------------------------------------
 
-#: The choice that PEFT makes by `config.model_type`; only types whose layers are `nn.Linear` (not GPT-2's Conv1D).
+#: The choice that PEFT makes by `config.model_type`.
 _MODEL_TYPES: dict[tuple[str, ...], str] = {
     ("q_proj", "v_proj"): "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 "
     "qwen3",
@@ -137,7 +144,8 @@ _MODEL_TYPES: dict[tuple[str, ...], str] = {
     ("query_key_value",): "bloom gpt_neox falcon chatglm RefinedWeb RefinedWebModel",
     ("qkv_proj",): "codegen",
     ("Wqkv",): "mpt",
-    ("c_attn",): "gpt_bigcode",
+    ("c_attn",): "gpt2 gpt_bigcode",
+    ("c_proj", "c_attn"): "btlm",
     ("key", "value", "receptance", "output"): "rwkv",
     ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"): "rwkv7",
 }
@@ -145,6 +153,23 @@ _MODEL_TYPES: dict[tuple[str, ...], str] = {
 TARGETS: dict[str, str | list[str]] = {
     name: list(layers) for layers, names in _MODEL_TYPES.items() for name in names.split()
 } | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
+
+
+def only_layers(config: DeloraConfig, layers: Iterable[str]) -> DeloraConfig:
+    """`config` for exactly these layers, by their whole names."""
+    named = "|".join(re.escape(layer) for layer in layers)
+    return dataclasses.replace(
+        config, target_modules=named, exclude_modules=None, layers_to_transform=None, layers_pattern=None
+    )
+
+
+def with_head(module: nn.Module, config: DeloraConfig) -> DeloraConfig:
+    """`config` that saves the head of its task, where `module` has one: a new classification is trained in full."""
+    saved = config.modules_to_save or []
+    owners = {name.rpartition(".")[0] for name, _ in module.named_parameters()}
+    heads = [head for head in TASK_TYPES.get(config.task_type or "", ()) if any(within(head, o) for o in owners)]
+    new = [head for head in heads if head not in saved]
+    return dataclasses.replace(config, modules_to_save=[*saved, *new]) if new else config
 
 
 def with_targets(module: nn.Module, config: DeloraConfig) -> DeloraConfig:

@@ -1,4 +1,4 @@
-"""The weight of a Linear as plain numbers, also where bitsandbytes or torchao keep it quantised.
+"""The weight of a layer as plain numbers, also where bitsandbytes or torchao keep it quantised.
 
 A quantised Linear carries an adapter as any other does. What differs is read here: W itself, its column norms, its
 precision, and how to be rid of the quantisation.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightKindError
+from .kinds import Host, known_kind
 from .offloaded import stored
 
 #: Half precision and 8 bits shift a column norm by less than this; another fine-tune of the same model by far more.
@@ -24,13 +25,13 @@ _NF4 = (-1.0, -0.69619, -0.52507, -0.39492, -0.28444, -0.18477, -0.09105, 0.0,
         0.07958, 0.16093, 0.24611, 0.33792, 0.44071, 0.56262, 0.72296, 1.0)  # fmt: skip
 
 
-def is_quantised(linear: nn.Linear) -> bool:
+def is_quantised(linear: Host) -> bool:
     """Whether a layer's weight is kept by bitsandbytes, torchao or the like, in few bits and scales."""
     return not linear.weight.is_floating_point() or type(linear.weight.data) is not Tensor
 
 
-def base_weight(linear: nn.Linear) -> Tensor:
-    """The frozen weight W (out, in) in fp32: unmerged, and dequantised where the layer is quantised.
+def base_weight(linear: Host) -> Tensor:
+    """The frozen weight as the matrix W (out, in) in fp32: unmerged, and dequantised where the layer is quantised.
 
     Raises:
         TypeError: a quantised weight of a kind that cannot be read.
@@ -39,10 +40,10 @@ def base_weight(linear: nn.Linear) -> Tensor:
     current = stored(linear, "weight")
     kept = current if layer is None or layer.base_weight is None else layer.base_weight
     plain: Tensor = _plain(linear, kept).detach().to(current.device).float()
-    return plain
+    return known_kind(linear).matrix(plain)
 
 
-def _plain(linear: nn.Linear, weight: Any) -> Tensor:
+def _plain(linear: Host, weight: Any) -> Tensor:
     state = getattr(weight, "quant_state", None)
     found: Tensor = weight
     if state is not None:  # bitsandbytes, 4 bits
@@ -64,7 +65,7 @@ def _plain(linear: nn.Linear, weight: Any) -> Tensor:
     return found
 
 
-def column_norms(linear: nn.Linear) -> Tensor:
+def column_norms(linear: Host) -> Tensor:
     """w_j = |W[:, j]| (in,) in fp32, of the weight before it was quantised where that is known (`note_norms`)."""
     known: Tensor | None = linear.__dict__.get("unquantised_norms")
     if known is not None:
@@ -73,12 +74,12 @@ def column_norms(linear: nn.Linear) -> Tensor:
     return norms
 
 
-def note_norms(linear: nn.Linear, norms: Tensor) -> None:
+def note_norms(linear: Host, norms: Tensor) -> None:
     """Let a quantised layer know the column norms (in,) that its weight had; no file of the layer holds them."""
     linear.__dict__["unquantised_norms"] = norms
 
 
-def norms_off(linear: nn.Linear, norms: Tensor) -> tuple[float, bool]:
+def norms_off(linear: Host, norms: Tensor) -> tuple[float, bool]:
     """How far column norms (in,) are from a layer's, relative to their size, and whether they can be of its weight.
 
     Where the layer is quantised to 4 bits and only knows what is left of its weight, they may be further off; where it
@@ -87,7 +88,7 @@ def norms_off(linear: nn.Linear, norms: Tensor) -> tuple[float, bool]:
     here = column_norms(linear)
     off = _relative(norms, here)
     close = off <= NORM_TOLERANCE
-    if not close and off <= _NORM_SHIFT_4BIT / linear.out_features**0.5:
+    if not close and off <= _NORM_SHIFT_4BIT / known_kind(linear).outputs(linear) ** 0.5:
         weight: Any = linear.weight
         blurred = getattr(weight, "quant_state", None) is not None and "unquantised_norms" not in linear.__dict__
         close = blurred or _relative(norms, _nf4_norms(base_weight(linear))) <= NORM_TOLERANCE
@@ -111,7 +112,7 @@ def _nf4_norms(weight: Tensor) -> Tensor:
     return norms
 
 
-def weight_dtype(linear: nn.Linear) -> torch.dtype:
+def weight_dtype(linear: Host) -> torch.dtype:
     """The precision in which a layer computes: its weight's, or what bitsandbytes has quantised that from."""
     weight: Any = linear.weight
     if weight.is_floating_point():
@@ -119,7 +120,8 @@ def weight_dtype(linear: nn.Linear) -> torch.dtype:
     elif getattr(weight, "quant_state", None) is not None:
         found = getattr(weight.quant_state, "original_dtype", weight.quant_state.dtype)
     else:
-        found = torch.float32 if linear.bias is None else linear.bias.dtype
+        bias: Any = getattr(linear, "bias", None)
+        found = torch.float32 if bias is None else bias.dtype
     return found
 
 

@@ -18,10 +18,9 @@ _BODY = """\
 rank whose direction and strength are learned apart.
 
 ```python
-{importing}
-from delora_diffusion import DeloraModel  # or: from peft import PeftModel as DeloraModel
+{importing}from delora_diffusion import DeloraModel  # or: from peft import PeftModel as DeloraModel
 
-base = {kind}.from_pretrained("{base}")
+base = {loading}
 model = DeloraModel.from_pretrained(base, "{title}")
 ```
 
@@ -63,6 +62,7 @@ def write_model_card(
 
 def _text(folder: Path, module: nn.Module, base: str, configs: Mapping[str, DeloraConfig]) -> str:
     kind, library = type(module).__name__, type(module).__module__.partition(".")[0]
+    known = library in ("transformers", "diffusers") and base
     rows = [
         f"| {name} | {config.r} | {config.delora_lambda:g} | `{config.target_modules}` | {config.init_weights} |"
         for name, config in configs.items()
@@ -71,7 +71,7 @@ def _text(folder: Path, module: nn.Module, base: str, configs: Mapping[str, Delo
         title=folder.resolve().name,
         adapters="An adapter" if len(configs) == 1 else f"{len(configs)} adapters",
         base=base or "the base",
-        importing=f"from {library} import {kind}",
-        kind=kind,
+        importing=f"from {library} import {kind}\n" if known else "",
+        loading=f'{kind}.from_pretrained("{base}")' if known else f"...  # the {kind} that it was trained on",
         rows="\n".join(rows),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from ..base.speed import compile_blocks
 from ..families import Family
 from ..method.config import ALL_LINEAR, PRESETS, DeloraConfig
 from ..method.inject import adapted_layers, inject_delora
-from ..method.targets import excluding, target_linears
+from ..method.kinds import known_kind
+from ..method.targets import excluding, target_layers
 from ..options import OptionError
 from ..seeds import derived_seed
 from .config import AdapterConfig, Options
@@ -51,14 +53,15 @@ def text_encoder_config(adapter: AdapterConfig, dead: Sequence[str]) -> DeloraCo
     )
 
 
-def check_ranks(linears: Mapping[str, nn.Linear], config: DeloraConfig) -> None:
+def check_ranks(layers: Mapping[str, nn.Module], config: DeloraConfig) -> None:
     """Refuse ranks that a layer cannot have: more directions than its width an update does not have.
 
     Raises:
         OptionError: the first such layer, with the way out.
     """
-    for name, linear in linears.items():
-        rank, most = config.rank_of(name), min(linear.in_features, linear.out_features)
+    for name, layer in layers.items():
+        kind = known_kind(layer)
+        rank, most = config.rank_of(name), min(math.prod(kind.inputs(layer)), kind.outputs(layer))
         if rank > most:
             raise OptionError(
                 f"the rank of {name} is {rank}, and it is only {most} wide; give a lower rank, "
@@ -87,7 +90,7 @@ def adapt(
         part = part_of(initial, name, module) if initial and (number == 0 or name in initial.tensors) else None
         usual = config if number == 0 else text_encoder_config(options.adapter, family.dead_layers(name, module))
         if number and not part:
-            check_ranks(target_linears(module, usual), usual)
+            check_ranks(target_layers(module, usual), usual)
         inject_delora(module, part[0] if part else usual, generator=_generator(options, number))
         if part:
             fill(module, part, source=options.adapter.initial_adapter)

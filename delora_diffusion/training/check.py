@@ -19,7 +19,7 @@ from ..data.photos import Example, describe_sizes, instance_examples
 from ..data.prompts import has_token, read_prompts
 from ..families import Family, check_trainable
 from ..method.config import DeloraConfig
-from ..method.targets import target_linears
+from ..method.targets import target_layers
 from ..option_checks import refuse_same_folder
 from ..options import OptionError
 from ..reports.card import check_login
@@ -102,9 +102,9 @@ def check(options: Options, accelerator: Accelerator) -> Checked:
     if initial is not None:
         check_parts(initial, absent=() if options.adapter.train_text_encoder else family.text_encoders)
         config = part_of(initial, family.denoiser, denoiser)[0]
-    linears = target_linears(denoiser, config)
+    layers = target_layers(denoiser, config)
     if initial is None:
-        check_ranks(linears, config)
+        check_ranks(layers, config)
     if options.adapter.train_text_encoder:
         text_encoder_config(options.adapter, ())  # its layers are not there yet, what is wrong in itself is
     if training.shard_base:

@@ -55,7 +55,7 @@ class AdapterConfig:
     )
     module_dropout: float = option(0.0, "dropout on the adapters' inputs", within="[0, 1)")
     target_modules: str | list[str] | None = option(
-        None, "layers to adapt: attention, attention+ff, all-linear, names, or one regex; unset: attention"
+        None, "attention (if unset), attention+ff, attention+ff+conv, all-linear, names of layers, or one regex"
     )
     exclude_modules: str | list[str] | None = option(None, "layers to leave out, in the same forms")
     rank_pattern: dict[str, int] = option({}, "ranks that differ, {name or regex: rank}", within="[1, inf)")

@@ -35,7 +35,7 @@ from delora_diffusion.evaluation.encoders import embed_images, embed_texts, load
 from delora_diffusion.evaluation.metrics import drift_scores, fidelity_scores
 from delora_diffusion.families import Conditioning, Setting, family_of, stack_conditioning
 from delora_diffusion.method.config import DeloraConfig
-from delora_diffusion.method.targets import target_linears
+from delora_diffusion.method.targets import target_layers
 from delora_diffusion.sampling.generate import Prompts, generate, quiet
 from delora_diffusion.seeds import derived_seed
 from delora_diffusion.training.loss import Examples
@@ -72,7 +72,7 @@ class Bench:
         self.pipe = load_base(ModelConfig(pretrained_model_name_or_path=str(POCKET / "base")), precision="no")
         self.family, self.objective = family_of(self.pipe), objective_of(self.pipe.scheduler)
         self.denoiser: nn.Module = self.pipe.unet
-        self.targets = list(target_linears(self.denoiser, DeloraConfig()))
+        self.targets = list(target_layers(self.denoiser, DeloraConfig()))
         self.dino, self.clip = (load_encoder(POCKET / name, device="cpu") for name in ("vit", "clip"))
         self.cache = Cache()
         self.world = _lines(POCKET / "prompts" / "world.txt")

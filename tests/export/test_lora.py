@@ -191,6 +191,25 @@ def test_all_linear_layers_reach_their_place(family: str, format: str, pipes: Pi
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_convolutions_are_a_locon(format: str, pipes: Pipes, tmp_path: Path) -> None:
+    adapter = adapter_for(pipes("sd"), "unet", target_modules="attention+ff+conv", delora_lambda=2.0)
+    report = export_lora(adapter, tmp_path / "x.safetensors", format=format)
+    down = "unet.mid_block.resnets.0.conv1.lora_A.weight"
+    if format == "kohya":
+        down = "lora_unet_mid_block_resnets_0_conv1.lora_down.weight"
+        assert json.loads(header_of(report.path)["ss_network_args"])["conv_dim"] == "2"
+    tensors = load_file(report.path)
+    assert tensors[down].shape == (2, 16, 3, 3)
+    up = down.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
+    assert tensors[up].shape == (16, 2, 1, 1)
+    expected = draw(with_native(pipes("sd"), adapter), "sd")
+    assert np.abs(draw(with_lora(pipes("sd"), report.path), "sd") - expected).max() < 1e-5
+    assert np.abs(draw(pipes("sd"), "sd") - expected).max() > 1e-3
+    found = verify_lora(report.path, adapter)
+    assert found.largest_error < 1e-5 and not found.missing and not found.unexpected
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
 @pytest.mark.parametrize(
     "targets",
     [

@@ -20,7 +20,7 @@ from delora_diffusion import (
 )
 from delora_diffusion.export.lora_names import unreadable
 from delora_diffusion.families import family_of
-from delora_diffusion.method.targets import target_linears
+from delora_diffusion.method.targets import target_layers
 from delora_diffusion.pipeline import set_adapters
 
 from ..tiny_families import BUILDERS, build
@@ -42,7 +42,7 @@ def adapted(pipe: Any, targets: str) -> dict[str, nn.Module]:
     modules = {name: getattr(pipe, name) for name in family.components()}
     for name, module in list(modules.items()):
         config = DeloraConfig(r=2, relative_lambda=0.5, init_weights="kaiming", target_modules=targets)
-        if any(unreadable(name, layer) for layer in target_linears(module, config)):
+        if any(unreadable(name, layer) for layer in target_layers(module, config)):
             del modules[name]  # T5
         else:
             inject_delora(module, config, generator=torch.Generator().manual_seed(1))

@@ -31,7 +31,7 @@ from delora_diffusion.export.lora_names import (
 )
 from delora_diffusion.families import FAMILIES
 from delora_diffusion.method.config import ATTENTION, DeloraConfig
-from delora_diffusion.method.targets import target_linears
+from delora_diffusion.method.targets import target_layers
 
 from .. import full_size
 
@@ -78,7 +78,7 @@ def clip_g() -> nn.Module:
 def linears(build: Callable[[], nn.Module], targets: str | None = None) -> dict[str, nn.Linear]:
     with torch.device("meta"):
         module = build()
-    return target_linears(module, DeloraConfig(target_modules=targets or "all-linear"))
+    return target_layers(module, DeloraConfig(target_modules=targets or "all-linear"))
 
 
 UNETS = [(unet_sd1, SD1, 128), (unet_sd2, SD2, 128), (unet_sdxl, SDXL, 560)]
@@ -161,7 +161,7 @@ def test_the_text_model_level_is_put_back_once() -> None:
 def test_comfyui_and_a1111_find_every_kohya_name_but_lose_all_attention_of_diffusers_names(
     build: Callable[[], nn.Module], family: Any, attentions: int
 ) -> None:
-    layers, attention = list(linears(build)), list(linears(build, ATTENTION))
+    layers, attention = [*linears(build), *linears(build, "attention+ff+conv")], list(linears(build, ATTENTION))
     for program in ("comfyui", "a1111"):
         assert all(lora_name("kohya", "unet", n, family) in looked_up(program, "unet", n) for n in layers)
     named = [n for n in attention if lora_name("diffusers", "unet", n, family) in looked_up("comfyui", "unet", n)]

@@ -48,6 +48,7 @@ class Blocks(nn.Module):
         self.up = nn.ModuleList([Block() for _ in range(11)])
         self.mid = nn.ModuleDict({"stage": Block(), "layers": nn.ModuleList([Experts(), Experts()])})
         self.to_q, self.not_to_q, self.conv_out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv2d(4, 4, 1)
+        self.conv_in = nn.Conv2d(4, 4, 1, groups=2)
 
 
 def unet() -> nn.Module:
@@ -212,7 +213,10 @@ BAD_TARGETS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "everything excluded": ({"target_modules": ["to_q"], "exclude_modules": ["to_q"]}, "matched none"),
     "no such layer index": ({"target_modules": ["to_k"], "layers_to_transform": 99}, "matched none"),
-    "a convolution": ({"target_modules": ["to_q", "conv_out"]}, "'conv_out', a Conv2d; DeLoRA adapts nn.Linear only"),
+    "groups": (
+        {"target_modules": ["to_q", "conv_in"]},
+        "'conv_in', a Conv2d in 2 groups, .*; DeLoRA adapts nn.Linear, ",
+    ),
     "a container": ({"target_modules": ["stage"]}, "'mid.stage', a Block"),
     "a norm, by regex": ({"target_modules": r".*norm"}, "'down.0.norm', a LayerNorm"),
     "a rank that fits nothing": (
@@ -272,6 +276,9 @@ FULL = DeloraConfig(
     modules_to_save=["conv_out"],
     init_weights="paired",
     relative_lambda=0.2,
+    task_type="SEQ_CLS",
+    inference_mode=True,
+    revision="main",
 )
 
 
