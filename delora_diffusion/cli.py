@@ -97,8 +97,10 @@ def _export(argv: Sequence[str]) -> None:
     if config.format == "peft":
         if len(source.adapter) > 1 or source.weights != [1.0]:
             raise OptionError("format peft writes one adapter at the strength it was trained; leave weights out")
-        if source.component or source.architecture:
-            raise OptionError("format peft writes every component as it is; leave component and architecture out")
+        if source.component or source.architecture or not source.text_encoders:
+            raise OptionError(
+                "format peft writes every component as it is; leave component, architecture and text_encoders out"
+            )
         output = config.output or f"{folder_of(source.adapter[0]).resolve()}_peft"
         for component, folder in export_peft(source.adapter[0], output, overwrite=config.overwrite).items():
             log.info("%s: %s", component or "adapter", folder)
@@ -112,6 +114,8 @@ def _export(argv: Sequence[str]) -> None:
         dtype=config.lora_dtype,
         component=source.component,
         architecture=source.architecture,
+        text_encoders=source.text_encoders,
+        sidecar=config.sidecar and config.format != "diffusers",
         trigger=config.trigger,
         metadata=config.metadata,
         allow_partial=config.allow_partial,
@@ -130,6 +134,7 @@ def _verify(argv: Sequence[str]) -> None:
         weights=source.strengths,
         component=source.component,
         architecture=source.architecture,
+        text_encoders=source.text_encoders,
     )
     log.info("%s", report)
     if not report.agrees(config.tolerance):

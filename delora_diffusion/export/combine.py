@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,18 +16,38 @@ from ..families import Architecture
 from ..method.block_weights import number, weights_of
 from ..method.lowrank import LowRank, added
 from ..method.weights import NORM_TOLERANCE
-from .lora_names import ARCHITECTURES, LoraError, architecture_of, unreadable
+from .lora_names import ARCHITECTURES, DENOISERS, LoraError, architecture_of
 
 #: component -> layer -> its update.
 Updates = dict[str, dict[str, LowRank]]
 
 
-def gathered(source: Any, *, component: str | None, adapter_name: str = "default") -> list[Adapter]:
-    """Adapters in memory from whatever `export_lora` takes, each part under the name of its component."""
+def gathered(
+    source: Any, *, component: str | None, adapter_name: str = "default", text_encoders: bool = True
+) -> list[Adapter]:
+    """Adapters in memory from whatever `export_lora` takes, each part under the name of its component.
+
+    Args:
+        text_encoders: False leaves their parts out.
+
+    Raises:
+        LoraError: no adapter, one that does not say what it is for, or nothing but text encoders to leave out.
+    """
     sources = list(source) if isinstance(source, (list, tuple)) else [source]
     if not sources:
         raise LoraError("there is nothing to export; give at least one adapter")
-    return [_of_component(one, component, adapter_name) for one in sources]
+    adapters = [_of_component(one, component, adapter_name) for one in sources]
+    return adapters if text_encoders else [_denoiser_part(adapter) for adapter in adapters]
+
+
+def _denoiser_part(adapter: Adapter) -> Adapter:
+    kept = [component for component in adapter.tensors if component in DENOISERS]
+    if not kept:
+        raise LoraError(
+            f"the adapter is for {', '.join(adapter.tensors)} alone; nothing is left without text encoders"
+        )
+    tensors = {component: adapter.tensors[component] for component in kept}
+    return Adapter(tensors, {component: adapter.configs[component] for component in kept}, adapter.provenance)
 
 
 def _of_component(source: Any, component: str | None, adapter_name: str) -> Adapter:
@@ -44,13 +64,17 @@ def _of_component(source: Any, component: str | None, adapter_name: str) -> Adap
 
 
 def summed(
-    adapters: Sequence[Adapter], weights: float | Sequence[float], *, allow_partial: bool, for_lora: bool = True
+    adapters: Sequence[Adapter],
+    weights: float | Sequence[float],
+    *,
+    allow_partial: bool,
+    nameless: Callable[[str, str], bool] = lambda component, layer: False,
 ) -> tuple[Updates, tuple[str, ...]]:
     """The weighted sum of adapters, layer by layer and exact, and notes on what was left out or widened.
 
     Args:
         allow_partial: leave out what a LoRA cannot hold, instead of refusing.
-        for_lora: count layers that no LoRA loader has names for among that.
+        nameless: (component, layer) -> whether the file that is to be written has no name for a layer.
 
     Raises:
         AdapterFileError: an adapter that is incomplete or not finite.
@@ -69,10 +93,10 @@ def summed(
     for adapter, value in zip(adapters, values, strict=True):
         for component, tensors in adapter.tensors.items():
             layers, full = _by_layer(component, tensors)
-            nameless = {layer for layer in layers if for_lora and unreadable(component, layer)}
-            left_out += full + [f"{component}.{layer}" for layer in layers if layer in nameless]
+            unnamed = {layer for layer in layers if nameless(component, layer)}
+            left_out += full + [f"{component}.{layer}" for layer in layers if layer in unnamed]
             for layer, named in layers.items():
-                if layer not in nameless:
+                if layer not in unnamed:
                     _check_same_base(f"{component}.{layer}", named["delora_w_norm"], norms)
                     residual |= "delora_A_init" in named
                     members = parts.setdefault(component, {}).setdefault(layer, [])
@@ -80,8 +104,8 @@ def summed(
     if left_out and not allow_partial:
         raise LoraError(
             f"a LoRA cannot hold {len(left_out)} parts of this adapter ({', '.join(left_out[:3])}): parameters "
-            f"trained in full, or layers that no LoRA loader has names for. Merge the adapter into the base instead, "
-            f"or leave them out with allow_partial"
+            f"trained in full, or layers that its readers have no names for (T5 goes into format comfyui). "
+            f"Merge the adapter into the base instead, or leave them out with allow_partial"
         )
     if not parts:
         raise LoraError("nothing is left that a LoRA can hold; no file was written")
@@ -150,14 +174,17 @@ def compressed_updates(updates: Updates, rank: int) -> tuple[Updates, tuple[str,
     return shorter, (f"compressed to rank {rank}: {share:.2%} of the update is lost{at}",)
 
 
-def known_architecture(adapters: Sequence[Adapter], updates: Updates, asked: str | None) -> Architecture | None:
+def known_architecture(adapters: Sequence[Adapter], asked: str | None) -> Architecture | None:
     """The family that was asked for, else the one that the adapters' header and shapes tell."""
     if asked is not None:
         if asked not in ARCHITECTURES:
             raise LoraError(f"architecture is {asked!r}; choose one of {', '.join(ARCHITECTURES)}")
         return ARCHITECTURES[asked]
     provenance = adapters[0].provenance
-    widths = {c: {layer: factors.down.shape[1] for layer, factors in layers.items()} for c, layers in updates.items()}
+    widths: dict[str, dict[str, int]] = {}
+    for component, tensors in ((c, t) for adapter in adapters for c, t in adapter.tensors.items()):
+        rows = {layer: tensors[f"{layer}.delora_A"].shape[1] for layer in adapted(tensors)}
+        widths[component] = widths.get(component, {}) | rows
     return architecture_of(
         widths, pipeline=provenance.get("pipeline", ""), prediction_type=provenance.get("prediction_type", "")
     )

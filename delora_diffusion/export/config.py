@@ -35,6 +35,9 @@ class LoraConfig:
     architecture: str | None = option(
         None, "family of the base; unset: what the adapter tells", choices=tuple(ARCHITECTURES)
     )
+    text_encoders: bool = option(
+        True, "the parts for text encoders as well (InvokeAI 6.14 refuses a FLUX.1 file that has some)"
+    )
 
     def __post_init__(self) -> None:
         if not self.adapter:
@@ -63,12 +66,16 @@ class ExportConfig:
     lora_dtype: str = option("fp32", "precision of the file", choices=("fp32", "fp16"))
     trigger: str | None = option(None, "trigger words for the header; unset: the prompt it was trained with")
     metadata: bool = option(True, "write the header that user interfaces read")
+    sidecar: bool = option(
+        True, "format kohya or comfyui: NAME.json beside it, trigger words and strength for A1111, Forge and InvokeAI"
+    )
     allow_partial: bool = option(False, "leave out what a LoRA cannot hold instead of refusing")
     overwrite: bool = option(False, "replace the file if it exists")
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        plain = {"rank": None, "lora_dtype": "fp32", "trigger": None, "metadata": True, "allow_partial": False}
+        plain = {"rank": None, "lora_dtype": "fp32", "trigger": None, "metadata": True, "sidecar": True}
+        plain["allow_partial"] = False
         given = [name for name, default in plain.items() if getattr(self, name) != default]
         if self.format == "peft" and given:
             raise OptionError(

@@ -6,7 +6,7 @@ exactly, and nothing is fitted. Several adapters become one LoRA whose ranks add
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, is_native
@@ -23,8 +22,10 @@ from ..atomic import complete_file
 from ..families import Architecture
 from ..method.lowrank import LowRank
 from ..run_folder import ADAPTER_NAME, LORA_NAME
+from .clients import CLIENTS, found_by
 from .combine import Updates, compressed_updates, gathered, kernels, known_architecture, summed
-from .lora_names import LoraError, looked_up, lora_name, missing_attention, style_of, tensor_endings
+from .lora_header import lora_header, recommended_strength, write_sidecar
+from .lora_names import LoraError, lora_name, missing_attention, style_of, tensor_endings, unreadable
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -55,6 +56,8 @@ def export_lora(
     component: str | None = None,
     architecture: str | None = None,
     adapter_name: str = "default",
+    text_encoders: bool = True,
+    sidecar: bool = False,
     trigger: str | None = None,
     metadata: bool = True,
     allow_partial: bool = False,
@@ -75,10 +78,12 @@ def export_lora(
         component: what a PEFT folder or a bare module is for ("unet", "transformer", "text_encoder", ...).
         architecture: "sd1", "sdxl", "flux1", ... (`ARCHITECTURES`), where file and shapes do not tell.
         adapter_name: which adapter of a module or pipeline.
+        text_encoders: False leaves their parts out.
+        sidecar: also write `NAME.json`, from which A1111, Forge and InvokeAI take trigger words and strength.
         trigger: words for the header; the prompt it was trained with if None.
         metadata: write the header that user interfaces read.
-        allow_partial: leave out what a LoRA cannot hold (parameters trained in full, text encoders that are not
-            CLIP) and report it, instead of refusing.
+        allow_partial: leave out what a LoRA cannot hold (parameters trained in full, text encoders that its readers
+            have no names for) and report it, instead of refusing.
         overwrite: replace a LoRA that is there.
 
     Raises:
@@ -91,18 +96,20 @@ def export_lora(
     _check_destination(path, overwrite)
     if dtype not in DTYPES:
         raise LoraError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)} (bf16 would lose 0.2 % of the update)")
-    adapters = gathered(source, component=component, adapter_name=adapter_name)
-    updates, notes = summed(adapters, weights, allow_partial=allow_partial)
+    adapters = gathered(source, component=component, adapter_name=adapter_name, text_encoders=text_encoders)
+    family = known_architecture(adapters, architecture)
+    nameless = functools.partial(unreadable, format=format, architecture=family)
+    updates, notes = summed(adapters, weights, allow_partial=allow_partial, nameless=nameless)
     if rank is not None:
         updates, lost = compressed_updates(updates, rank)
         notes += lost
-    family = known_architecture(adapters, updates, architecture)
     style = style_of(format, set(updates), family)
     tensors, width, more = _tensors(updates, style, family, DTYPES[dtype])
     convolutions = _as_kernels(tensors, kernels(adapters), style, family)
     if format == "comfyui":
         more += _lost_in_comfyui(updates, style, family)
     header = {"format": "pt"}
+    words = trigger or _triggers(adapters)
     if metadata:
         name = path.stem if path.name != LORA_NAME else path.resolve().parent.name
         header |= lora_header(
@@ -112,12 +119,14 @@ def export_lora(
             style=style,
             architecture=family,
             provenance=adapters[0].provenance,
-            trigger=trigger or _triggers(adapters),
+            trigger=words,
         )
         if convolutions:  # as kohya says it of a LoCon
             header["ss_network_args"] = json.dumps({"conv_dim": str(width), "conv_alpha": str(float(width))})
     with complete_file(path) as aside:
         write_tensors(aside, tensors, header)
+    if sidecar:
+        more += write_sidecar(path, words, recommended_strength(source), family)
     counts = {component: len(layers) for component, layers in updates.items()}
     return ExportReport(path=path, style=style, rank=width, layers=counts, notes=(*notes, *more))
 
@@ -125,12 +134,13 @@ def export_lora(
 def _lost_in_comfyui(updates: Updates, style: str, architecture: Architecture | None) -> list[str]:
     """A note on layers that ComfyUI has no name for."""
     layers = [(component, layer) for component, members in updates.items() for layer in members]
-    lost = [
-        f"{component}.{layer}"
-        for component, layer in layers
-        if lora_name(style, component, layer, architecture) not in looked_up("comfyui", component, layer, architecture)
-    ]
-    return [f"ComfyUI finds {len(layers) - len(lost)} of {len(layers)} layers, not {lost[0]}"] if lost else []
+    lost = []
+    for component, layer in layers:
+        name = lora_name(style, component, layer, architecture)
+        if not found_by("comfyui", [name], [(component, layer)], architecture)[0]:
+            lost.append(f"{component}.{layer}")
+    found = f"{CLIENTS['comfyui'].title} finds {len(layers) - len(lost)} of {len(layers)} layers"
+    return [f"{found}, not {lost[0]}"] if lost else []
 
 
 def _triggers(adapters: Sequence[Adapter]) -> str:
@@ -216,59 +226,3 @@ def _check_destination(path: Path, overwrite: bool) -> None:
         raise LoraError(f"{path} exists; give another name, or replace it with overwrite")
     if path.exists() and is_native(path):
         raise LoraError(f"{path} is a native adapter, which a LoRA does not replace; give another name")
-
-
-# ---- the header: kohya's `ss_` fields, ModelSpec 1.0.1 and our own, which begin with `delora.` ---------
-
-
-def lora_header(
-    tensors: Mapping[str, Tensor],
-    *,
-    name: str,
-    rank: int,
-    style: str,
-    architecture: Architecture | None,
-    provenance: Mapping[str, str],
-    trigger: str | None,
-) -> dict[str, str]:
-    """Header fields; those that are not known are left out, never guessed.
-
-    Args:
-        name: the file's name without its ending.
-        style: "kohya" or "diffusers", whose names the tensors have.
-        provenance: of the adapter: base_model, base_fingerprint, resolution, ...
-        trigger: words that call the subject up.
-    """
-    digest = data_hash(tensors)
-    implementation = "https://github.com/kohya-ss/sd-scripts" if style == "kohya" else "diffusers"
-    fields = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(float(rank)),
-        "ss_output_name": name,
-        "sshs_model_hash": digest,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.implementation": implementation,
-        "modelspec.title": name,
-        "modelspec.hash_sha256": f"0x{digest}",
-    }
-    if architecture is not None and architecture.base_version:
-        fields["ss_base_model_version"] = architecture.base_version
-        fields["ss_v2"] = str(architecture.base_version.startswith("sd_v2"))
-    if architecture is not None and architecture.model_spec:
-        fields["modelspec.architecture"] = f"{architecture.model_spec}/lora"
-    if trigger:
-        fields["modelspec.trigger_phrase"] = trigger
-    if side := provenance.get("resolution"):
-        fields |= {"modelspec.resolution": f"{side}x{side}", "ss_resolution": f"({side}, {side})"}
-    if base := provenance.get("base_model"):
-        fields |= {"ss_sd_model_name": base, "delora.base_model": base}
-    if fingerprint := provenance.get("base_fingerprint"):
-        fields["delora.base_fingerprint"] = fingerprint
-    return fields
-
-
-def data_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a safetensors file without its header, as ModelSpec and kohya's tools count it."""
-    data = save(dict(tensors))
-    return hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()

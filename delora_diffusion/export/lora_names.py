@@ -1,4 +1,4 @@
-"""What a layer is called in a LoRA file: diffusers' names, kohya's names, and the names each program looks up.
+"""What a layer is called in a LoRA file: diffusers' names and kohya's. What each program looks up is in `clients`.
 
 A layer is known by its component in a diffusers pipeline (`unet`, `transformer`, `text_encoder`, ...) and its path
 there (`down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`).
@@ -15,9 +15,10 @@ from ..families import FAMILIES, Architecture, family_named, pipeline_names
 FORMATS = ("diffusers", "kohya", "comfyui")
 DENOISERS = ("unet", "transformer")
 _ATTENTION = tuple(f"self_attn.{kind}_proj" for kind in ("q", "k", "v", "out"))
+_T5_LAYER = re.compile(r"encoder\.block\.\d+\.layer\.(0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.(wi|wi_0|wi_1|wo))")
 _CLIP_LAYER = re.compile(r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
 #: Paths whose name in kohya's files is that of the original checkpoint; diffusers' loader misreads the plain ones.
-_ORIGINAL = {"add_embedding.linear_1": "label_emb_0_0", "add_embedding.linear_2": "label_emb_0_2"}
+ORIGINAL_PATHS = {"add_embedding.linear_1": "label_emb_0_0", "add_embedding.linear_2": "label_emb_0_2"}
 #: What LoRA files know, of all families, by the name it is asked for.
 ARCHITECTURES = {a.name: a for family in FAMILIES for a in family.architectures}
 
@@ -70,13 +71,30 @@ def canonical(component: str, layer: str) -> str:
     return f"text_model.{layer}" if component not in DENOISERS and layer.startswith("encoder.layers.") else layer
 
 
-def unreadable(component: str, layer: str) -> bool:
-    """Whether no LoRA loader has a name for this layer: other components, and text encoders that are not CLIP."""
+def is_clip(component: str, path: str) -> bool:
+    """Whether this is a layer of a CLIP text encoder that LoRA files know."""
+    known = component in ("text_encoder", "text_encoder_2")
+    projection = component == "text_encoder_2" and path == "text_projection"
+    return projection or (known and _CLIP_LAYER.fullmatch(path) is not None)
+
+
+def is_t5(component: str, path: str) -> bool:
+    """Whether this is a layer of a T5 text encoder."""
+    return component not in DENOISERS and _T5_LAYER.fullmatch(path) is not None
+
+
+def unreadable(
+    component: str, layer: str, *, format: str = "diffusers", architecture: Architecture | None = None
+) -> bool:
+    """Whether a file of this format has no name for a layer that anything reads.
+
+    T5's are ComfyUI's and Forge's alone, and only where the architecture says which encoder it is.
+    """
     if component in DENOISERS:
         return False
-    known = component in ("text_encoder", "text_encoder_2")
     path = canonical(component, layer)
-    return not known or not (_CLIP_LAYER.fullmatch(path) or path == "text_projection")
+    t5 = format == "comfyui" and architecture is not None and component in architecture.encoders
+    return not (is_clip(component, path) or (t5 and is_t5(component, path)))
 
 
 def lora_name(style: str, component: str, layer: str, architecture: Architecture | None) -> str:
@@ -86,13 +104,13 @@ def lora_name(style: str, component: str, layer: str, architecture: Architecture
         LoraError: a component that kohya's names do not know in this architecture.
     """
     path = canonical(component, layer)
-    if style == "diffusers":
+    if style == "diffusers" and not (architecture is not None and is_t5(component, path)):
         return f"{component}.{path}"
     prefixes = {"unet": "lora_unet", **(architecture.encoders if architecture else {"text_encoder": "lora_te"})}
     if component not in prefixes:
         family = architecture.name if architecture else "Stable Diffusion 1"
         raise LoraError(f"the adapter is for {component!r}, which {family} lacks; say the architecture it is for")
-    return f"{prefixes[component]}_{_ORIGINAL.get(path, path.replace('.', '_'))}"
+    return f"{prefixes[component]}_{ORIGINAL_PATHS.get(path, path.replace('.', '_'))}"
 
 
 def tensor_endings(style: str) -> tuple[str, str]:
@@ -115,31 +133,3 @@ def missing_attention(component: str, layers: Mapping[str, object]) -> list[tupl
     return [
         (block + name, near) for block, near in blocks.items() for name in _ATTENTION if block + name not in layers
     ]
-
-
-def looked_up(program: str, component: str, layer: str, architecture: Architecture | None = None) -> set[str]:
-    """The names under which "comfyui" (Forge has the same tables) or "a1111" looks for a layer's LoRA.
-
-    Sources: ComfyUI comfy/lora.py and comfy/utils.py, A1111 extensions-builtin/Lora/networks.py.
-
-    Args:
-        architecture: whose denoiser it is; None counts what they find in any.
-    """
-    path = canonical(component, layer)
-    flat = path.replace(".", "_")
-    if component in DENOISERS:
-        asked = ARCHITECTURES.values() if architecture is None else (architecture,)
-        found = any(re.fullmatch(a.found, path) for a in asked if a.denoiser == component and a.found)
-        if component == "transformer":
-            return {f"transformer.{path}"} if program == "comfyui" and found else set()
-        names = {f"lora_unet_{_ORIGINAL.get(path, flat)}"} if found else set()
-        if program == "comfyui" and names:  # diffusers' names as they were in 2023, with the attention's processor
-            old = re.sub(r"to_out\.0$", "to_out", path.replace(".to_", ".processor.to_"))
-            names |= {f"lora_unet_{flat}", f"unet.{old}"}
-        return names
-    if unreadable(component, layer):
-        return set()
-    if path == "text_projection":
-        return {"lora_te2_text_projection"} if component == "text_encoder_2" else set()
-    prefixes = {"text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}[component]
-    return {f"{prefix}_{flat}" for prefix in prefixes} | ({f"{component}.{path}"} if program == "comfyui" else set())

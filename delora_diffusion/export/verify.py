@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,9 @@ from ..families import Architecture
 from ..method.lowrank import LowRank, distance
 from ..method.targets import is_target
 from ..run_folder import LORA_NAME
+from .clients import CLIENTS, found_by
 from .combine import Updates, gathered, known_architecture, summed
-from .lora_names import LoraError, canonical, looked_up, lora_name, tensor_endings
-
-PROGRAMS = ("diffusers", "comfyui", "a1111")
+from .lora_names import LoraError, canonical, lora_name, tensor_endings, unreadable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class VerifyReport:
         unexpected: layers that change something in the file alone.
         largest_error: largest |dW_file - dW_adapter|_F / |dW_adapter|_F of a layer, and `worst`, that layer.
         loaders: for each program, how many of the layers its loader finds in the file.
+        remarks: for some programs, what to know of that number.
     """
 
     layers: int
@@ -40,6 +43,7 @@ class VerifyReport:
     largest_error: float
     worst: str
     loaders: dict[str, int]
+    remarks: dict[str, str] = field(default_factory=dict)
 
     def agrees(self, tolerance: float) -> bool:
         """Whether the file is the adapter, up to a relative error of `tolerance` in every layer."""
@@ -50,9 +54,21 @@ class VerifyReport:
         for what, names in (("missing", self.missing), ("unexpected", self.unexpected)):
             if names:
                 lines.append(f"{len(names)} {what}: {', '.join(names[:5])}")
-        titles = {"comfyui": "ComfyUI, Forge", "a1111": "A1111", "peft": "PEFT"}
-        found = [f"{titles.get(name, name)} {count}/{self.layers}" for name, count in self.loaders.items()]
-        return "\n".join([*lines, f"layers found by {'; '.join(found)}"])
+        for name, count in self.loaders.items():
+            remark = f": {said}" if (said := self.remarks.get(name)) else ""
+            lines.append(f"{count}/{self.layers} layers found by {_title(name)}{remark}")
+        return "\n".join(lines)
+
+
+def _title(loader: str) -> str:
+    """What a loader is called, with the version that is here or that its tables are of."""
+    if loader in CLIENTS:
+        return CLIENTS[loader].title
+    if loader == "peft":
+        return "PEFT 0.21's format"
+    import diffusers
+
+    return f"diffusers {diffusers.__version__}"
 
 
 def verify_lora(
@@ -63,38 +79,43 @@ def verify_lora(
     component: str | None = None,
     architecture: str | None = None,
     adapter_name: str = "default",
+    text_encoders: bool = True,
 ) -> VerifyReport:
     """Compare a LoRA file, or PEFT's folders, with the adapter (or the sum of adapters) it was exported from.
 
     The diffusers count is of layers that diffusers' own conversion brings to their place with the file's own values;
-    PEFT's of those that its configuration targets; the others are counted by the names those programs look up.
+    PEFT's of those that its configuration targets; the others are counted by the names those programs look up, in
+    the versions that `clients.CLIENTS` names.
 
     Args:
         file: the LoRA, a folder that holds `pytorch_lora_weights.safetensors`, or one that holds PEFT's.
-        source, weights, component, architecture, adapter_name: what `export_lora` was given.
+        source, weights, component, architecture, adapter_name, text_encoders: what `export_lora` was given.
 
     Raises:
         AdapterFileError, LoraError: one of them cannot be read, or the file is no LoRA.
     """
     path = Path(file)
-    adapters = gathered(source, component=component, adapter_name=adapter_name)
+    adapters = gathered(source, component=component, adapter_name=adapter_name, text_encoders=text_encoders)
     if not (path / LORA_NAME).is_file() and [*path.glob(CONFIG_NAME), *path.glob(f"*/{CONFIG_NAME}")]:
-        updates, _ = summed(adapters, weights, allow_partial=True, for_lora=False)
+        updates, _ = summed(adapters, weights, allow_partial=True)
         (exported,) = gathered(path, component=component)
-        inside = _by_name(summed([exported], 1.0, allow_partial=True, for_lora=False)[0], "diffusers", None)
+        inside = _by_name(summed([exported], 1.0, allow_partial=True)[0], "diffusers", None)
         return _compared(inside, _by_name(updates, "diffusers", None), {"peft": _found_by_peft(exported, updates)})
     path = path / LORA_NAME if path.is_dir() else path
     tensors, header = read_tensors(path)
     if not any("lora_" in name.rpartition(".")[0] for name in tensors):
         raise LoraError(f"{path} is no LoRA: {described(tensors, header)}")
-    updates, _ = summed(adapters, weights, allow_partial=True)
-    family = known_architecture(adapters, updates, architecture)
-    style = "kohya" if any(name.startswith(("lora_unet_", "lora_te")) for name in tensors) else "diffusers"
+    family = known_architecture(adapters, architecture)
+    style = "kohya" if any(name.endswith(".lora_down.weight") for name in tensors) else "diffusers"
     inside = {name: (name, factors) for name, factors in _updates_in(tensors, style).items()}
-    loaders = {"diffusers": _found_by_diffusers(tensors, updates)} | {
-        program: _found_by_name(program, set(inside), updates, family) for program in PROGRAMS[1:]
-    }
-    return _compared(inside, _by_name(updates, style, family), loaders)
+    format = "comfyui" if any(re.match(r"lora_te\d_encoder_block_", name) for name in inside) else style
+    nameless = functools.partial(unreadable, format=format, architecture=family)
+    updates, _ = summed(adapters, weights, allow_partial=True, nameless=nameless)
+    loaders, remarks = {"diffusers": _found_by_diffusers(tensors, updates)}, {}
+    layers = [(component, layer) for component, layers_of in updates.items() for layer in layers_of]
+    for program in CLIENTS:
+        loaders[program], remarks[program] = found_by(program, inside, layers, family)
+    return dataclasses.replace(_compared(inside, _by_name(updates, style, family), loaders), remarks=remarks)
 
 
 #: name in a file -> (what to call it, its update)
@@ -161,11 +182,6 @@ def _updates_in(tensors: Mapping[str, Tensor], style: str) -> dict[str, LowRank]
         scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
         found[layer] = LowRank(down.float().flatten(1), up.float().flatten(1) * scale)  # convolutions have four
     return found
-
-
-def _found_by_name(program: str, names: set[str], updates: Updates, architecture: Architecture | None) -> int:
-    layers = [(component, layer) for component, layers_of in updates.items() for layer in layers_of]
-    return sum(bool(looked_up(program, component, layer, architecture) & names) for component, layer in layers)
 
 
 def _found_by_peft(exported: Adapter, updates: Updates) -> int:

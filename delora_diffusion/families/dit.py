@@ -79,9 +79,9 @@ PIXART = Family(
     sampling=_sampling_binned,
     architectures=(
         Architecture(
-            name="pixart", denoiser="transformer",
-            found=r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))|proj_out"
-            r"|adaln_single\.(linear|emb\.\w+_embedder\.linear_[12])|caption_projection\.linear_[12]",
+            name="pixart", denoiser="transformer", encoders={"text_encoder": "lora_te1"},
+            # the ten layers outside of the blocks were seen to arrive in other places
+            found=r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))",
         ),
     ),
     patch=2,

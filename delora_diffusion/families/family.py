@@ -49,11 +49,12 @@ class Architecture:
     Attributes:
         name: how it is asked for.
         denoiser: name of the denoiser among the pipeline's components.
-        encoders: text encoders that LoRA loaders know, with their prefix in kohya's names.
+        encoders: text encoders that LoRA files know, with their prefix in kohya's names; those of T5 are read by
+            ComfyUI and Forge only.
         model_spec: `modelspec.architecture`, "" where no tool has agreed on one.
         base_version: kohya's `ss_base_model_version`, by which A1111 hides LoRAs that do not fit; "" as above.
-        found: regex of the layers of the denoiser that ComfyUI, and A1111 in a UNet, have names for: their
-            tables in September 2026; "" where they have none.
+        found: regex of the layers of the denoiser that ComfyUI, and other programs that draw with it, have names for;
+            "" where they have none.
     """
 
     name: str

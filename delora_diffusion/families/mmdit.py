@@ -107,7 +107,8 @@ STABLE_DIFFUSION_3 = Family(
     sampling=lambda pipe: {"guidance_scale": 4.5, "num_inference_steps": 28},
     architectures=(
         Architecture(
-            name="sd3", denoiser="transformer", encoders={"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+            name="sd3", denoiser="transformer", 
+            encoders={"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"},
             model_spec="stable-diffusion-3", base_version="sd3",
             found=rf"{_JOINT}|attn2\.(to_[qkv]|to_out\.0)|norm1(_context)?\.linear|{_FF})|context_embedder|{_TIME}",
         ),
@@ -174,7 +175,8 @@ FLUX = Family(
     ),
     architectures=(
         Architecture(
-            name="flux1", denoiser="transformer", encoders={"text_encoder": "lora_te1"}, model_spec="flux-1-dev",
+            name="flux1", denoiser="transformer", 
+            encoders={"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}, model_spec="flux-1-dev",
             base_version="flux1", found=_FLUX_FOUND,
         ),
     ),

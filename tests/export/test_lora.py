@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from delora_diffusion import (
     write_adapter,
 )
 from delora_diffusion.adapters.sources import collect
+from delora_diffusion.export.lora_header import hashes
 from delora_diffusion.run_folder import LORA_NAME
 
 from .. import tiny, tiny_pipelines
@@ -397,7 +400,10 @@ def test_a_sum_compressed_to_a_rank_is_the_nearest_and_says_what_is_lost(pipes: 
 # ---- the header ---------------------------------------------------------------------------------
 
 
-def test_the_header_says_what_user_interfaces_read(pipes: Pipes, tmp_path: Path) -> None:
+def test_the_header_says_what_user_interfaces_read(
+    pipes: Pipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
     adapter = adapter_for(pipes("sdxl"), *components("sdxl"))
     adapter.provenance["base_fingerprint"] = "abc"
     for format, made_for in (("diffusers", "diffusers"), ("kohya", "https://github.com/kohya-ss/sd-scripts")):
@@ -412,7 +418,8 @@ def test_the_header_says_what_user_interfaces_read(pipes: Pipes, tmp_path: Path)
             "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "modelspec.title": f"my_{format}",
             "modelspec.resolution": "512x512", "modelspec.trigger_phrase": "a sks dog",
             "ss_sd_model_name": "some/base", "delora.base_model": "some/base", "delora.base_fingerprint": "abc",
-            "format": "pt", "modelspec.implementation": made_for,
+            "format": "pt", "modelspec.implementation": made_for, "modelspec.date": "2001-09-09T01:46:40Z",
+            "trained_words": '["a sks dog"]', "ss_tag_frequency": json.dumps({f"my_{format}": {"a sks dog": 1}}),
         }  # fmt: skip
         assert {key: header[key] for key in expected} == expected
         assert "lora_adapter_metadata" not in header, "diffusers raises on it beside .alpha tensors"
@@ -420,6 +427,51 @@ def test_the_header_says_what_user_interfaces_read(pipes: Pipes, tmp_path: Path)
     assert header_of(bare) == {"format": "pt"}
     named = export_lora(adapter, tmp_path / "named.safetensors", trigger="sks, dog").path
     assert header_of(named)["modelspec.trigger_phrase"] == "sks, dog"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "today")
+    with pytest.raises(LoraError, match="seconds since 1970"):
+        export_lora(adapter, tmp_path / "never.safetensors")
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    dated = header_of(export_lora(adapter, tmp_path / "dated.safetensors").path)["modelspec.date"]
+    assert abs(datetime.fromisoformat(dated.replace("Z", "+00:00")).timestamp() - time.time()) < 600
+
+
+def test_hashes_are_those_that_kohyas_tools_count(tmp_path: Path) -> None:
+    tensors = {"lora_unet_x.lora_down.weight": torch.randn(300, 1024, generator=torch.Generator().manual_seed(0))}
+    fields = {"ss_network_dim": "4", "modelspec.title": "x"}
+    save_file(tensors, tmp_path / "as_kohya_does.safetensors", {"ss_network_dim": "4"})
+    data = (tmp_path / "as_kohya_does.safetensors").read_bytes()
+    assert len(data) > 0x110000
+    found = hashes(tensors, fields)
+    assert found["sshs_legacy_hash"] == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    assert found["sshs_model_hash"] == hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+
+
+def test_a_sidecar_holds_words_and_strength_and_is_never_replaced(pipes: Pipes, tmp_path: Path) -> None:
+    adapter = adapter_for(pipes("sdxl"), "unet")
+    folder = write_adapter(tmp_path / "dog", adapter).parent
+    (folder / "strengths.json").write_text('{"recommended": 0.75}')
+    file = tmp_path / "dog.safetensors"
+    report = export_lora(folder, file, format="kohya", sidecar=True)
+    beside = file.with_suffix(".json")
+    assert json.loads(beside.read_text()) == {
+        "sd version": "SDXL", "activation text": "a sks dog", "preferred weight": 0.75,
+    }  # fmt: skip
+    assert str(beside) in str(report)
+    beside.write_text("mine")
+    assert "stays as it is" in str(export_lora(folder, file, format="kohya", sidecar=True, overwrite=True))
+    assert beside.read_text() == "mine"
+    assert not export_lora(folder, tmp_path / "alone.safetensors").path.with_suffix(".json").exists()
+
+
+def test_text_encoders_can_be_left_out(pipes: Pipes, tmp_path: Path) -> None:
+    adapter = adapter_for(pipes("flux"), *components("flux"))
+    report = export_lora(adapter, tmp_path / "x.safetensors", format="comfyui", text_encoders=False)
+    assert set(report.layers) == {"transformer"}
+    assert all(name.startswith("transformer.") for name in load_file(report.path))
+    assert verify_lora(report.path, adapter, text_encoders=False).agrees(1e-6)
+    assert verify_lora(report.path, adapter).missing
+    with pytest.raises(LoraError, match="nothing is left without text encoders"):
+        export_lora(adapter_for(pipes("flux"), "text_encoder"), tmp_path / "y.safetensors", text_encoders=False)
 
 
 def test_a_family_that_is_not_known_is_not_guessed(pipes: Pipes, tmp_path: Path) -> None:

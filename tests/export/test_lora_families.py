@@ -18,7 +18,7 @@ from delora_diffusion import (
     save_delora_weights,
     verify_lora,
 )
-from delora_diffusion.export.lora_names import unreadable
+from delora_diffusion.export.lora_names import LoraError, unreadable
 from delora_diffusion.families import family_of
 from delora_diffusion.method.targets import target_layers
 from delora_diffusion.pipeline import set_adapters
@@ -61,7 +61,7 @@ def test_diffusers_own_loader_draws_what_the_native_adapter_draws(kind: str, tar
     assert found["diffusers"] == sum(made.layers.values()) > 15
     if targets == "attention+ff":
         assert found["comfyui"] == (0 if kind in ("sana", "lumina2") else found["diffusers"])
-    lost = f"ComfyUI finds {found['comfyui']} of {found['diffusers']} layers"
+    lost = f"ComfyUI 0.19.3 finds {found['comfyui']} of {found['diffusers']} layers"
     assert (lost in str(made)) == (found["comfyui"] < found["diffusers"])
     untouched = expected = pixels(native)
     load_delora_weights(native, file, "dog")
@@ -74,6 +74,24 @@ def test_diffusers_own_loader_draws_what_the_native_adapter_draws(kind: str, tar
         assert np.abs(pixels(ported) - expected).max() < 1e-5, f"{kind} at {strength}"
         assert strength or np.array_equal(expected, untouched)
     assert np.abs(expected - untouched).max() > 5e-3, "the adapter does something"
+
+
+def test_t5_goes_into_comfyuis_file_which_diffusers_still_reads(tmp_path: Path) -> None:
+    native, ported = build("flux.1-dev", tmp_path / "native"), build("flux.1-dev", tmp_path / "ported")
+    modules = {"transformer": native.transformer, "text_encoder_2": native.text_encoder_2}
+    for number, (name, targets) in enumerate((("transformer", None), ("text_encoder_2", ["q", "v"]))):
+        config = DeloraConfig(r=2, relative_lambda=0.5, init_weights="kaiming", target_modules=targets)
+        inject_delora(modules[name], config, generator=torch.Generator().manual_seed(number))
+    file = save_delora_weights(tmp_path, modules, provenance={"pipeline": "FluxPipeline"})
+    report = export_lora(file, tmp_path / "x.safetensors", format="comfyui")
+    found = verify_lora(report.path, file)
+    assert found.agrees(1e-6) and found.loaders["comfyui"] == found.loaders["forge"] == found.layers
+    assert found.loaders["diffusers"] == report.layers["transformer"], "T5 is left out there"
+    with pytest.raises(LoraError, match="T5 goes into format comfyui"):
+        export_lora(file, tmp_path / "y.safetensors")
+    ported.load_lora_weights(str(report.path))
+    set_adapters(native, "default", {"text_encoder_2": 0.0})
+    assert np.abs(pixels(ported) - pixels(native)).max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BUILDERS if kind not in LOADED])

@@ -18,12 +18,12 @@ from diffusers.utils import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from delora_diffusion.export.clients import CLIENTS, found_by, looked_up
 from delora_diffusion.export.lora_names import (
     ARCHITECTURES,
     LoraError,
     architecture_of,
     canonical,
-    looked_up,
     lora_name,
     missing_attention,
     style_of,
@@ -161,9 +161,12 @@ def test_the_text_model_level_is_put_back_once() -> None:
 def test_comfyui_and_a1111_find_every_kohya_name_but_lose_all_attention_of_diffusers_names(
     build: Callable[[], nn.Module], family: Any, attentions: int
 ) -> None:
-    layers, attention = [*linears(build), *linears(build, "attention+ff+conv")], list(linears(build, ATTENTION))
-    for program in ("comfyui", "a1111"):
+    layers = list(dict.fromkeys([*linears(build), *linears(build, "attention+ff+conv")]))
+    attention = list(linears(build, ATTENTION))
+    for program in CLIENTS:
         assert all(lora_name("kohya", "unet", n, family) in looked_up(program, "unet", n) for n in layers)
+        kohya = [lora_name("kohya", "unet", n, family) for n in layers]
+        assert found_by(program, kohya, [("unet", n) for n in layers], family) == (len(layers), "")
     named = [n for n in attention if lora_name("diffusers", "unet", n, family) in looked_up("comfyui", "unet", n)]
     assert len(attention) == attentions and named == []
     assert "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out" in looked_up(
@@ -178,6 +181,7 @@ def test_comfyui_and_a1111_find_every_text_encoder_layer(
     for layer in (layer for layer in linears(build) if layer != "text_projection"):
         assert lora_name("kohya", component, layer, family) in looked_up("comfyui", component, layer)
         assert lora_name("kohya", component, layer, family) in looked_up("a1111", component, layer)
+        assert lora_name("kohya", component, layer, family) in looked_up("forge", component, layer, family)
         assert lora_name("diffusers", component, layer, family) in looked_up("comfyui", component, layer)
         assert lora_name("diffusers", component, layer, family) not in looked_up("a1111", component, layer)
 
@@ -198,6 +202,45 @@ def test_comfyui_finds_every_layer_of_a_full_size_transformer_by_diffusers_names
         assert written in looked_up("comfyui", "transformer", layer, ARCHITECTURES[name])
         assert written in looked_up("comfyui", "transformer", layer), "of a family that is not known"
         assert not looked_up("a1111", "transformer", layer, ARCHITECTURES[name])
+        assert (written in looked_up("forge", "transformer", layer, ARCHITECTURES[name])) == (name == "flux1")
+
+
+def test_a_program_says_why_it_finds_nothing() -> None:
+    layers = [("transformer", layer) for layer in full_size.adapted("SD3.5 medium", "attention")]
+    names = [lora_name("diffusers", *layer, ARCHITECTURES["sd3"]) for layer in layers]
+    assert found_by("comfyui", names, layers, ARCHITECTURES["sd3"]) == (len(layers), "")
+    for program in ("forge", "a1111"):
+        assert found_by(program, names, layers, ARCHITECTURES["sd3"]) == (
+            0, "no engine for sd3 that opens LoRA files",
+        )  # fmt: skip
+    mixed = [("unet", layer) for layer in linears(unet_sd1)]
+    plain = [lora_name("diffusers", "unet", layer, SD1) for _, layer in mixed]
+    count, why = found_by("forge", plain, mixed, SD1)
+    assert count == 0 and why.startswith("drops the file whole: ") and found_by("a1111", plain, mixed, SD1) == (0, "")
+    assert found_by("comfyui", plain, mixed, SD1)[0] == len(mixed) - 128
+
+
+def test_t5_is_read_by_some_programs_under_the_number_of_its_encoder() -> None:
+    layer = "encoder.block.3.layer.0.SelfAttention.q"
+    flat = layer.replace(".", "_")
+    for name, component, number in (
+        ("flux1", "text_encoder_2", 2),
+        ("sd3", "text_encoder_3", 3),
+        ("pixart", "text_encoder", 1),
+    ):
+        family = ARCHITECTURES[name]
+        assert lora_name("diffusers", component, layer, family) == f"lora_te{number}_{flat}"
+        assert f"lora_te{number}_{flat}" in looked_up("comfyui", component, layer, family)
+        assert not unreadable(component, layer, format="comfyui", architecture=family)
+        assert unreadable(component, layer, format="diffusers", architecture=family)
+        assert not looked_up("a1111", component, layer, family)
+    assert unreadable("text_encoder_2", layer, format="comfyui"), "of a family that is not known"
+    assert f"lora_te2_{flat}" in looked_up("forge", "text_encoder_2", layer, ARCHITECTURES["flux1"])
+
+
+def test_the_projection_of_sdxls_second_encoder_is_lost_in_a1111_alone() -> None:
+    found = {program: bool(looked_up(program, "text_encoder_2", "text_projection", SDXL)) for program in CLIENTS}
+    assert found == {"comfyui": True, "forge": True, "a1111": False}
 
 
 @pytest.mark.parametrize("model, name", [("Sana 1.6B", "sana"), ("Lumina-Image 2.0", "lumina2")])

@@ -43,8 +43,8 @@ def adapter(pipe: Any) -> Adapter:
 @pytest.mark.parametrize(
     "format, found",
     [
-        ("diffusers", {"diffusers": 40, "comfyui": 8, "a1111": 0}),
-        ("kohya", {"diffusers": 40, "comfyui": 40, "a1111": 40}),
+        ("diffusers", {"diffusers": 40, "comfyui": 8, "forge": 0, "a1111": 0}),
+        ("kohya", {"diffusers": 40, "comfyui": 40, "forge": 40, "a1111": 40}),
     ],
 )
 def test_an_export_agrees_and_each_loader_is_counted(
@@ -55,7 +55,8 @@ def test_an_export_agrees_and_each_loader_is_counted(
     report = verify_lora(file, adapter)
     assert report.layers == 40 and report.largest_error < 1e-6 and report.agrees(1e-6)
     assert report.loaders == found, "diffusers' names lose the UNet's 32 attention layers in ComfyUI, all in A1111"
-    assert f"A1111 {found['a1111']}/40" in str(report)
+    assert f"{found['a1111']}/40 layers found by A1111 1.10.1" in str(report)
+    assert ("Forge of June 2025: drops the file whole: 64 of its tensors" in str(report)) == (format == "diffusers")
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
@@ -80,7 +81,8 @@ def test_a_transformer_is_found_by_comfyui_under_diffusers_names(tmp_path: Path)
     pipe = tiny_pipelines.stable_diffusion_3(tmp_path / "parts")
     adapter = adapter_for(pipe, "transformer", "text_encoder", "text_encoder_2")
     report = verify_lora(export_lora(adapter, tmp_path / "x.safetensors", format="comfyui").path, adapter)
-    assert report.loaders == {"diffusers": report.layers, "comfyui": report.layers, "a1111": 0}
+    assert report.loaders == {"diffusers": report.layers, "comfyui": report.layers, "forge": 0, "a1111": 0}
+    assert "Forge of June 2025: no engine for sd3" in str(report)
 
 
 @pytest.mark.parametrize("settings", [{"dtype": "fp16"}, {"rank": 1}, {"weights": 0.5}], ids=str)
@@ -156,7 +158,7 @@ def test_pefts_folders_agree_with_the_adapter_in_every_layer(init: str, pipe: An
     export_peft(adapter, tmp_path)
     report = verify_lora(tmp_path, adapter)
     assert report.layers == 40 and report.agrees(1e-6) and report.loaders == {"peft": 40}
-    assert "layers found by PEFT 40/40" in str(report)
+    assert "40/40 layers found by PEFT" in str(report)
     one = verify_lora(tmp_path / "unet", adapter)
     assert len(one.missing) == 8 and "8 missing: text_encoder." in str(one) and not one.agrees(1)
     lora = export_lora(tmp_path, tmp_path / "x.safetensors").path
@@ -203,7 +205,7 @@ def test_export_and_verify_on_the_command_line(
 
     said = run("export", "--adapter", folder, "--format", "comfyui", "--lora_dtype", "fp16")
     assert made.is_file() and f"{made}: rank 2, 8 layers of text_encoder, 32 layers of unet, kohya names" in said
-    assert "ComfyUI, Forge 40/40" in run("verify", "--adapter", folder, "--file", made)
+    assert "40/40 layers found by ComfyUI 0.19.3" in run("verify", "--adapter", folder, "--file", made)
     said = run("verify", "--adapter", folder, "--file", made, "--tolerance", "1e-9", code=1)
     assert f"{made} is not {folder}" in said
     assert "exists; give another name" in run("export", "--adapter", folder, "--format", "comfyui", code=1)
