@@ -24,6 +24,7 @@ from .adapters.adapter import Adapter, write_adapter
 from .adapters.assign import assign
 from .adapters.read import read_adapter
 from .adapters.sources import collect, components, live_modules, unwrapped
+from .base.prediction import Prediction, predict
 from .base.single_file import is_single_file, open_single_file
 from .errors import DeloraError
 from .method import inject, merge
@@ -270,7 +271,9 @@ def load_pipeline(
         pipe = open_single_file(str(base), single_file_config, dtype=from_pretrained.get("dtype", torch.float32))
     else:
         pipe = DiffusionPipeline.from_pretrained(str(base), **from_pretrained)
-    reports = [load_delora_weights(pipe, adapter) for adapter in adapters]
+    read = [read_adapter(adapter) for adapter in adapters]
+    predict(pipe, prediction_told(read, base))
+    reports = [load_delora_weights(pipe, adapter) for adapter in read]
     set_adapters(pipe, [report.adapter_name for report in reports], 1.0 if weights is None else weights)
     for report in reports:
         print(report)  # it returns the pipeline, so what matched can be told only so
@@ -280,6 +283,15 @@ def load_pipeline(
         else:
             merge.merge_delora(module, permanently=True)
     return pipe
+
+
+def prediction_told(adapters: Sequence[Adapter], base: str | Path) -> Prediction:
+    """What adapters say that the base they were trained on predicts, where it is this one and its own scheduler may
+    not say so."""
+    told = [one.provenance for one in adapters if Path(one.provenance.get("base_model", "")) == Path(base)]
+    kinds = {one.get("prediction_type") for one in told} & {"v_prediction", "sample"}
+    zero = {one.get("rescale_betas_zero_snr") for one in told}
+    return Prediction(kinds.pop() if len(kinds) == 1 else None, True if zero == {"true"} else None)
 
 
 def _adapted(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

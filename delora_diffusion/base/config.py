@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..options import OptionError, option
+from .objective import PREDICTIONS
+from .prediction import PREDICTION_TYPE, ZERO_SNR, Prediction
 
 PRECISIONS = ("no", "fp16", "bf16")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -39,6 +41,8 @@ class ModelConfig:
     pretrained_vae_model_name_or_path: str | None = option(
         None, "folder or Hub id of a VAE in place of the base's own", path=True, resume="free"
     )
+    prediction_type: str | None = option(None, PREDICTION_TYPE, choices=PREDICTIONS)
+    rescale_betas_zero_snr: bool | None = option(None, ZERO_SNR)
     base_dtype: str = option(
         "auto", "precision of the frozen weights; auto follows mixed_precision, fp32 without it", choices=DTYPES
     )
@@ -48,3 +52,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.pretrained_model_name_or_path:
             raise OptionError("pretrained_model_name_or_path is missing; give the folder or Hub id of a base model")
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the user says of it."""
+        return Prediction(self.prediction_type, self.rescale_betas_zero_snr)

@@ -11,6 +11,7 @@ import torch
 from ..families import family_named
 from .checks import NOT_NEEDED, BaseModelError, as_base_error, check_layout
 from .config import ModelConfig
+from .prediction import predict
 from .single_file import is_single_file, open_single_file, single_file_index
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
@@ -25,7 +26,8 @@ def load_base(model: ModelConfig, *, precision: str, given: Mapping[str, Any] | 
             leave out. A pipeline that is read in stages equals the one that is read at once.
 
     Raises:
-        BaseModelError: nothing there, not a pipeline, or one without a component.
+        BaseModelError: nothing there, not a pipeline, one without a component, or another prediction asked for than
+            it can have.
         FamilyError: a pipeline of no supported family.
     """
     from diffusers import DiffusionPipeline
@@ -44,6 +46,7 @@ def load_base(model: ModelConfig, *, precision: str, given: Mapping[str, Any] | 
             )
     if model.pretrained_vae_model_name_or_path and "vae" not in (given or {}):
         pipe.register_modules(vae=_other_vae(model.pretrained_vae_model_name_or_path, pipe.vae))
+    predict(pipe, model.prediction)
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)

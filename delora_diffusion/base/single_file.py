@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .checks import NOT_NEEDED, BaseModelError, as_base_error, check_layout
+from .prediction import marked, predict
 
 _DTYPE = {"F16": torch.float16, "BF16": torch.bfloat16}
 _VAE = ("first_stage_model.", "vae.")
@@ -49,7 +50,8 @@ def single_file_index(path: str, config: str | None) -> dict[str, Any]:
 
 
 def open_single_file(path: str, config: str | None, *, dtype: torch.dtype) -> Any:
-    """The pipeline of a single file, on the CPU; the VAE is fp32.
+    """The pipeline of a single file, on the CPU; the VAE is fp32, and the scheduler predicts what the file is marked
+    with (see `prediction`).
 
     Args:
         config: as for `single_file_index`.
@@ -65,9 +67,11 @@ def open_single_file(path: str, config: str | None, *, dtype: torch.dtype) -> An
     check_layout(config, listed)
     kind, vae = getattr(diffusers, listed["_class_name"]), getattr(diffusers, listed["vae"][1])
     parts: dict[str, Any] = {name: None for name in NOT_NEEDED if name in listed}
+    keys = _outline(path)
+    asked = marked(keys)
     try:
         with as_base_error(path):
-            if any(key.startswith(_VAE) for key in _outline(path)):
+            if any(key.startswith(_VAE) for key in keys):
                 parts["vae"] = vae.from_single_file(path, config=config, subfolder="vae", torch_dtype=torch.float32)
             else:
                 parts["vae"] = vae.from_pretrained(config, subfolder="vae", torch_dtype=torch.float32)
@@ -77,6 +81,7 @@ def open_single_file(path: str, config: str | None, *, dtype: torch.dtype) -> An
     modules = [module for module in pipe.components.values() if isinstance(module, torch.nn.Module)]
     if any(p.is_meta for module in modules for p in module.parameters()):
         raise BaseModelError(_lacking(path, config))
+    predict(pipe, asked)
     return pipe
 
 

@@ -110,7 +110,12 @@ class MergingConfig:
     single_file_config: str | None = option(None, SINGLE_FILE_CONFIG, path=True)
     revision: str | None = option(None, "revision of the base on the Hub")
     variant: str | None = option(None, "variant of the base's weight files, e.g. fp16")
-    output: str = option("", "folder for the merged pipeline; it must not exist yet, or be empty", path=True)
+    output: str = option("", "folder for the merged pipeline, which must not exist yet, or be empty", path=True)
+    single_file: bool = option(
+        False,
+        "output is one .safetensors file of the original layout instead: Stable Diffusion 1, 2, XL whole, of SD3.5, "
+        "FLUX, Qwen-Image, Z-Image and Lumina 2 the transformer",
+    )
     dtype: str = option("auto", "precision of the merged pipeline; auto: that of the base's files", choices=DTYPES)
     dequantize: bool = option(
         False, "let a quantised component be dequantised for good, so that it can be merged into"
@@ -122,6 +127,10 @@ class MergingConfig:
             raise OptionError("nothing to merge; give --adapter")
         if not self.output:
             raise OptionError("output is missing; give the folder to write the merged pipeline to")
+        if self.single_file != self.output.endswith(".safetensors"):
+            raise OptionError(
+                f"output is {self.output}; a name that ends in .safetensors goes with single_file, a folder without"
+            )
         _ = self.strengths
 
     @property

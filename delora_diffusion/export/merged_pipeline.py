@@ -17,28 +17,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..adapters.adapter import Adapter, adapter_hash, base_of
 from ..adapters.read import read_adapter
 from ..adapters.sources import components
-from ..atomic import clear_scraps, complete_folder
+from ..atomic import clear_scraps, complete_file, complete_folder
 from ..base.checks import as_base_error, giving
-from ..base.load import DTYPE
+from ..base.config import ModelConfig
+from ..base.load import DTYPE, listed_in
+from ..base.prediction import predict
 from ..base.single_file import is_single_file, open_single_file, single_file_dtype
 from ..errors import DeloraError
+from ..families import family_named
 from ..method.inject import delora_names
 from ..method.merge import MergeReport, merge_delora
 from ..options import OptionError
-from ..pipeline import load_delora_weights, set_adapters
+from ..pipeline import load_delora_weights, prediction_told, set_adapters
 from .config import MergingConfig
+from .lora_names import LoraError
+from .single_file import check_family, single_file_entries, write_single_file
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 log = logging.getLogger(__name__)
 RECORD_NAME = "delora_merge.json"
+RECORD_FIELD = "delora.merge"  # in the header of a single file
 _TORCH_DTYPE = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -47,9 +53,10 @@ class QuantizedBaseError(DeloraError):
 
 
 def merge_into_base(config: MergingConfig) -> dict[str, MergeReport]:
-    """Write the base with adapters merged into it to `config.output`: a complete pipeline, or nothing.
+    """Write the base with adapters merged into it to `config.output`: a complete pipeline or single file, or nothing.
 
-    Beside it lies `delora_merge.json`: what was merged into what, and what rounding cost.
+    Beside it lies `delora_merge.json`, or in the file's header `delora.merge`: what was merged into what, and what
+    rounding cost.
 
     Returns:
         For each adapted component: layers changed, and the part of the update lost to rounding.
@@ -58,6 +65,7 @@ def merge_into_base(config: MergingConfig) -> dict[str, MergeReport]:
         OptionError: the output is in use, or no base is named.
         AdapterFileError, BaseModelError, ValueError: an adapter or a base that cannot be loaded or do not fit.
         QuantizedBaseError: a quantised component, without `config.dequantize`.
+        LoraError: with `config.single_file`, a base or an adapter that such a file cannot hold.
     """
     out = Path(config.output)
     clear_scraps(out.parent)
@@ -68,9 +76,14 @@ def merge_into_base(config: MergingConfig) -> dict[str, MergeReport]:
         log.info("%s holds these adapters in this base already", out)
         return done
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OptionError(f"output {out} exists already and is not empty; give another folder, or move it away")
+        raise OptionError(f"output {out} exists already and is not empty; give another name, or move it away")
     with giving("base"):
+        if config.single_file:
+            _check_single(base, config, adapters)
         pipe, stored = _open(base, config)
+    predict(pipe, prediction_told(adapters, base))
+    if config.single_file:
+        single_file_entries(pipe)  # what it cannot hold is said before anything is merged
     exact = _make_plain(pipe, {part for adapter in adapters for part in adapter.tensors}, config)
     check = config.check_base and exact  # quantising has moved the column norms that are compared
     names = [load_delora_weights(pipe, adapter, check_base=check).adapter_name for adapter in adapters]
@@ -83,10 +96,30 @@ def merge_into_base(config: MergingConfig) -> dict[str, MergeReport]:
             reports[component] = merge_delora(module, permanently=True, dtype=dtype)
             module.to(dtype)
     _cast_others(pipe, reports, wanted)
+    record = _record(asked, reports)
+    if config.single_file:
+        with complete_file(out) as aside:
+            write_single_file(aside, single_file_entries(pipe), {"format": "pt", RECORD_FIELD: record})
+        return reports
     with complete_folder(out) as aside:
         pipe.save_pretrained(aside)
-        (aside / RECORD_NAME).write_text(_record(asked, reports), encoding="utf-8")
+        (aside / RECORD_NAME).write_text(record, encoding="utf-8")
     return reports
+
+
+def _check_single(base: str, config: MergingConfig, adapters: Sequence[Adapter]) -> None:
+    """Refuse, before anything large is read, what a single file of this base cannot hold."""
+    asked = ModelConfig(
+        pretrained_model_name_or_path=base, single_file_config=config.single_file_config, revision=config.revision
+    )
+    family = family_named(listed_in(asked)["_class_name"])
+    check_family(family)
+    others = {part for adapter in adapters for part in adapter.tensors} - {family.denoiser, ""}
+    if family.denoiser == "transformer" and others:
+        raise LoraError(
+            f"a single file of {family.name} holds the transformer, and the adapter also changes "
+            f"{', '.join(sorted(others))}; merge into a folder instead"
+        )
 
 
 def _open(base: str, config: MergingConfig) -> tuple[Any, dict[str, torch.dtype]]:
@@ -177,9 +210,17 @@ def _record(asked: Mapping[str, Any], reports: Mapping[str, MergeReport]) -> str
 def _merged_before(out: Path, asked: Mapping[str, Any]) -> dict[str, MergeReport] | None:
     """The reports of a merge that was whole already when its command was cut off; None if it is another, or none."""
     try:
-        record = json.loads((out / RECORD_NAME).read_text(encoding="utf-8"))
+        record = json.loads(_recorded_in(out))
         if {name: record[name] for name in asked} != asked:
             return None
         return {name: MergeReport(**report) for name, report in record["components"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return None
+
+
+def _recorded_in(out: Path) -> str:
+    if out.is_dir():
+        return (out / RECORD_NAME).read_text(encoding="utf-8")
+    with safe_open(out, framework="pt") as file:
+        record: str = file.metadata()[RECORD_FIELD]
+    return record

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 
 from ..base.config import BASE_QUANTIZATION, DTYPES, QUANTIZATIONS, SINGLE_FILE_CONFIG, TEXT_ENCODER_QUANTIZATION
+from ..base.objective import PREDICTIONS
+from ..base.prediction import PREDICTION_TYPE, ZERO_SNR, Prediction
 from ..base.speed import COMPILE
 from ..option_checks import check_ranges
 from ..options import OptionError, option
@@ -28,6 +30,8 @@ class DrawingConfig:
     """How images are drawn."""
 
     single_file_config: str | None = option(None, SINGLE_FILE_CONFIG, path=True)
+    prediction_type: str | None = option(None, PREDICTION_TYPE, choices=PREDICTIONS)
+    rescale_betas_zero_snr: bool | None = option(None, ZERO_SNR)
     seeds: list[int] = option(
         [0],
         "seeds; a seed gives the same image in any batch to 1/255, to the bit with batch_size 1",
@@ -60,6 +64,11 @@ class DrawingConfig:
         check_ranges(self)
         if self.device and not re.fullmatch(r"[a-z]+(:\d+)?", self.device):
             raise OptionError(f"device is {self.device!r}; give cuda, cuda:1, mps, cpu, or leave it out")
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the user says that the base predicts."""
+        return Prediction(self.prediction_type, self.rescale_betas_zero_snr)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,13 +28,14 @@ from ..atomic import clear_scraps, complete_file
 from ..base.checks import giving
 from ..base.config import ModelConfig
 from ..base.load import half_precision, load_base
+from ..base.prediction import predict
 from ..base.quantise import check_installed, quantise_pipeline
 from ..base.speed import compile_blocks
 from ..data.image_files import is_image, some_of
 from ..data.prompts import read_prompts
 from ..families import check_sizes, family_of
 from ..options import OptionError
-from ..pipeline import load_delora_weights, set_adapters
+from ..pipeline import load_delora_weights, prediction_told, set_adapters
 from ..run_folder import SHEET_NAME
 from ..seeds import derived_seed
 from .config import DrawingConfig, SamplingConfig
@@ -152,11 +153,11 @@ def plan(config: SamplingConfig, drawing: DrawingConfig) -> Plan:
         "guidance_scale": drawing.guidance_scale,
         "height": drawing.height,
         "width": drawing.width,
-    } | {
-        name: value
-        for name in ("single_file_config", "base_quantization", "text_encoder_quantization")
-        if (value := getattr(drawing, name)) not in (None, "none")
     }
+    of_the_base = ("single_file_config", "prediction_type", "rescale_betas_zero_snr")
+    quantised = ("base_quantization", "text_encoder_quantization")
+    given = {name: getattr(drawing, name) for name in (*of_the_base, *quantised)}
+    shared |= {name: value for name, value in given.items() if value not in (None, "none")}
     hashes = [adapter_hash(adapter) for adapter in adapters]
     sources: list[int | None] = list(range(len(adapters))) or [None]
     prompts = read_prompts(config.prompts, config.prompts_file, option="prompts_file")
@@ -248,6 +249,7 @@ def _draw_missing(
     check_installed(base)
     with giving("pretrained_model_name_or_path"):
         pipe = load_base(base, precision="no")
+    predict(pipe, drawing.prediction.over(prediction_told(planned.adapters, planned.base)))
     check_sizes(pipe, [(drawing.height or 0, drawing.width or 0)], option="height or width")
     quantise_pipeline(pipe, base, torch.device(device))
     if drawing.scheduler:

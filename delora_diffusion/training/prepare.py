@@ -190,6 +190,7 @@ def provenance_of(checked: Checked, base: Prepared) -> dict[str, str]:
         "resolution": str(options.data.resolution),
         "pipeline": type(base.pipe).__name__,
         "prediction_type": str(scheduler.config.get("prediction_type", "")),
+        "rescale_betas_zero_snr": str(bool(scheduler.config.get("rescale_betas_zero_snr"))).lower(),
         **lineage(checked.initial, options.adapter.initial_adapter),
     }
 
