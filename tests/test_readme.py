@@ -251,6 +251,7 @@ def test_mentioned_options_exist(page: Path) -> None:
         DrawingConfig,
         LoraConfig,
         ExportConfig,
+        MergingConfig,
     )
     fields = [field for group in groups for field in dataclasses.fields(group)]
     known = {field.name for field in fields} | {f"no-{field.name}" for field in fields if field.type == "bool"}
