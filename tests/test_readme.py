@@ -21,7 +21,7 @@ from delora_diffusion.cli import COMMANDS
 from delora_diffusion.cli import main as delora
 from delora_diffusion.data.config import DataConfig
 from delora_diffusion.evaluation.config import EvaluationConfig, MeasuringConfig
-from delora_diffusion.export.config import ExportConfig, LoraConfig, PushConfig
+from delora_diffusion.export.config import ExportConfig, LoraConfig, MergingConfig, PushConfig
 from delora_diffusion.options import build, parse, read_yaml, to_table
 from delora_diffusion.sampling.config import DrawingConfig
 from delora_diffusion.training.config import AdapterConfig, TrainingConfig, ValidationConfig
