@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .adapters.adapter import Adapter, write_adapter
-from .adapters.assign import assign
+from .adapters.assign import Part, assign
 from .adapters.read import read_adapter
 from .adapters.sources import collect, components, live_modules, unwrapped
 from .base.prediction import Prediction, predict
@@ -30,7 +30,8 @@ from .errors import DeloraError
 from .method import inject, merge
 from .method.block_weights import Weight, component_weight, listed, one_each
 from .method.inject import delora_names
-from .method.state import StateReport, check_fits, load_delora_state_dict
+from .method.offloaded import stored, written
+from .method.state import StateReport, check_fits, delora_state_dict, load_delora_state_dict
 from .method.weights import is_quantised
 
 if TYPE_CHECKING:
@@ -65,14 +66,19 @@ def load_delora_weights(
     component: str | None = None,
     revision: str | None = None,
     check_base: bool = True,
+    hotswap: bool = False,
 ) -> LoadReport:
     """Load an adapter into the components of a pipeline and make it the active one, at strength 1.
+
+    LoRAs of diffusers may be there already, or come later, on the same layers: both act, and either is unloaded alone.
 
     Args:
         source: a native file, a folder that holds one, a PEFT folder, a Hub id, or an `Adapter`.
         adapter_name: a name not in use; "default", "default_1", ... if None.
         component: what a PEFT folder is for ("unet", "text_encoder"); found by its layers if None.
         check_base: refuse an adapter that was trained on another base.
+        hotswap: put it into the place of the adapter called `adapter_name`, which has the same layers and ranks:
+            nothing is compiled again, and what acts, and how strongly, stays.
 
     Returns:
         What matched; it is logged as well.
@@ -83,6 +89,8 @@ def load_delora_weights(
     """
     adapter = source if isinstance(source, Adapter) else read_adapter(source, revision=revision)
     parts = assign(components(pipe), adapter, component)
+    if hotswap:
+        return _hotswap(pipe, parts, "default" if adapter_name is None else adapter_name, check_base)
     adapter_name = _new_name(pipe, adapter_name)
     layers = [layer for module in _adapted(pipe).values() for _, layer in inject.adapted_layers(module)]
     enabled = all(layer.enabled for layer in layers)
@@ -102,6 +110,10 @@ def load_delora_weights(
             inject.set_delora_adapters(module, [])
     if not enabled:
         disable_delora(pipe)  # the layers that are adapted for the first time as well
+    return _reported(adapter_name, done)
+
+
+def _reported(adapter_name: str, done: Mapping[str, StateReport]) -> LoadReport:
     compared = [part.base_off for part in done.values() if part.base_off is not None]
     report = LoadReport(
         adapter_name=adapter_name,
@@ -111,6 +123,38 @@ def load_delora_weights(
     )
     log.info("%s", report)
     return report
+
+
+def _hotswap(pipe: DiffusionPipeline, parts: Mapping[str, Part], adapter_name: str, check_base: bool) -> LoadReport:
+    """Fill an adapter that is there from another file; if one component does not fit, none is changed."""
+    _check_known(pipe, [adapter_name])
+    having = {
+        component: module for component, module in _adapted(pipe).items() if adapter_name in delora_names(module)
+    }
+    if set(having) != set(parts):
+        raise DeloraError(
+            f"adapter {adapter_name!r} is in {', '.join(having)}, and the new one is for {', '.join(parts)}; "
+            f"delete_adapters it and load the new one instead of swapping"
+        )
+    if fused := [c for c, names in get_fused_adapters(pipe).items() if adapter_name in names]:
+        raise DeloraError(f"adapter {adapter_name!r} is fused in {', '.join(fused)}; unfuse_delora first")
+    before = {
+        component: {name: tensor.clone() for name, tensor in delora_state_dict(module, adapter_name).items()}
+        for component, module in having.items()
+    }
+    done: dict[str, StateReport] = {}
+    try:
+        for component, module in having.items():
+            done[component] = load_delora_state_dict(module, parts[component][1], adapter_name, check_base=check_base)
+    except DeloraError as error:
+        for component in done:
+            load_delora_state_dict(having[component], before[component], adapter_name, check_base=False)
+        raise DeloraError(
+            f"{error}; to swap, layers and ranks must be the same: delete_adapters, then load"
+        ) from error
+    for component, module in having.items():
+        inject.record_of(module).configs[adapter_name] = parts[component][0]
+    return _reported(adapter_name, done)
 
 
 def _new_name(pipe: DiffusionPipeline, asked: str | None) -> str:
@@ -170,6 +214,37 @@ def get_active_adapters(pipe: DiffusionPipeline) -> list[str]:
     return list(seen)
 
 
+def get_list_adapters(pipe: DiffusionPipeline) -> dict[str, list[str]]:
+    """Names of the adapters of each component, active or not."""
+    return {component: delora_names(module) for component, module in _adapted(pipe).items()}
+
+
+def get_fused_adapters(pipe: DiffusionPipeline) -> dict[str, list[str]]:
+    """Names of the adapters that are in the weights of each component; components with none are left out."""
+    found = {}
+    for component, module in _adapted(pipe).items():
+        names = dict.fromkeys(name for _, layer in inject.adapted_layers(module) for name in layer.merged)
+        if names:
+            found[component] = list(names)
+    return found
+
+
+def set_adapters_to_device(pipe: DiffusionPipeline, names: str | Sequence[str], device: torch.device | str) -> None:
+    """Keep adapters that do not act on another device, e.g. "cpu"; `set_adapters` brings back those that it activates.
+
+    Raises:
+        ValueError: an unknown name, or an adapter that acts.
+    """
+    names = listed(names)
+    _check_known(pipe, names)
+    if acting := [name for name in names if name in get_active_adapters(pipe)]:
+        raise DeloraError(f"adapter {acting[0]!r} acts; make others active before it is moved")
+    for module in _adapted(pipe).values():
+        for name in set(names) & set(delora_names(module)):
+            for adapter in inject.delora_adapters(module, name).values():
+                adapter.to(device)
+
+
 def delete_adapters(pipe: DiffusionPipeline, names: str | Sequence[str]) -> None:
     """Take these adapters out of the pipeline. Fused ones are unfused first."""
     names = listed(names)
@@ -198,11 +273,13 @@ def fuse_delora(
     scale: float = 1.0,
     *,
     dequantize: bool = False,
+    components: str | Sequence[str] | None = None,
 ) -> dict[str, merge.MergeReport]:
     """Add the adapters (the active ones if None) to the weights, at their strengths times `scale`.
 
     Args:
         dequantize: as for `merge_delora`; without it a quantised component is refused.
+        components: of the pipeline; all that have such an adapter if None.
 
     Returns:
         For each component: layers changed, and the part of the update lost to rounding in a half-precision base.
@@ -212,18 +289,21 @@ def fuse_delora(
     """
     names = get_active_adapters(pipe) if adapter_names is None else listed(adapter_names)
     _check_known(pipe, names)
+    modules = _chosen(pipe, components)
     reports: dict[str, merge.MergeReport] = {}
     layers = [pair for module in _adapted(pipe).values() for pair in inject.adapted_layers(module)]
-    fused = {layer: (linear.weight.detach().clone(), layer.merged) for linear, layer in layers if layer.merged}
+    fused = {
+        layer: (stored(linear, "weight").detach().clone(), layer.merged) for linear, layer in layers if layer.merged
+    }
     try:
-        for component, module in _adapted(pipe).items():
+        for component, module in modules.items():
             here = [name for name in names if name in delora_names(module)]
             reports[component] = merge.merge_delora(module, here, scale=scale, dequantize=dequantize)
     except BaseException:
         for linear, layer in layers:
             if layer in fused:
                 weight, layer.merged = fused[layer]
-                linear.weight.data.copy_(weight)
+                written(linear).data.copy_(weight)
             else:
                 layer.restore(linear)
         for module in _adapted(pipe).values():
@@ -232,10 +312,23 @@ def fuse_delora(
     return reports
 
 
-def unfuse_delora(pipe: DiffusionPipeline) -> None:
-    """Restore the weights of the base, bit for bit; the adapters act beside them again."""
-    for module in _adapted(pipe).values():
+def unfuse_delora(pipe: DiffusionPipeline, *, components: str | Sequence[str] | None = None) -> None:
+    """Restore the weights of the base, bit for bit; the adapters act beside them again.
+
+    Args:
+        components: of the pipeline; all if None.
+    """
+    for module in _chosen(pipe, components).values():
         merge.unmerge_delora(module)
+
+
+def _chosen(pipe: DiffusionPipeline, names: str | Sequence[str] | None) -> dict[str, nn.Module]:
+    """The components of these names, which have adapters."""
+    adapted = _adapted(pipe)
+    names = list(adapted) if names is None else listed(names)
+    if unknown := [name for name in names if name not in adapted]:
+        raise DeloraError(f"{unknown[0]} has no adapter; those that have are {', '.join(adapted) or '(none)'}")
+    return {name: adapted[name] for name in names}
 
 
 def unload_delora_weights(pipe: DiffusionPipeline) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..method.config import DeloraConfig, DeloraConfigError
 from ..method.kinds import kind_of
 from ..method.targets import target_layers
+from ..method.wrapped import layer_at
 from .adapter import Adapter, adapted
 from .peft import exactly
 from .safetensors_file import AdapterFileError
@@ -122,7 +123,7 @@ def _fitting_layers(module: nn.Module, tensors: Mapping[str, Tensor]) -> int:
 def _fits(module: nn.Module, layer: str, tensors: Mapping[str, Tensor]) -> bool:
     A, B = tensors[f"{layer}.delora_A"], tensors.get(f"{layer}.delora_B")
     with contextlib.suppress(AttributeError):
-        linear = module.get_submodule(_name_in(module, f"{layer}.delora_A").removesuffix(".delora_A"))
+        linear = layer_at(module, _name_in(module, f"{layer}.delora_A").removesuffix(".delora_A"))
         kind, sizes = kind_of(linear), (tuple(A.shape[1:]), B.shape[0] if B is not None else None)
         return kind is not None and sizes == (kind.inputs(linear), kind.outputs(linear))
     return False

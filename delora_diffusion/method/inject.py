@@ -23,6 +23,7 @@ from .saving import guard_saving, unguard_saving
 from .stack import end_forward, start_forward
 from .targets import adaptable, only_layers, target_layers, within
 from .weights import column_norms, keep_unpacked, may_pack
+from .wrapped import layer_at, named_layers, plain
 
 # ---- injecting and removing ----------------------------------------------------------------------
 
@@ -93,7 +94,7 @@ def inject_delora(
     full = _trained_in_full(module, config, targets, record.base_values)
     _check_no_clash(module, record, targets, full)
     if not record.configs:
-        record.requires_grad = {name: p.requires_grad for name, p in module.named_parameters()}
+        record.requires_grad = {plain(name): p.requires_grad for name, p in module.named_parameters()}
         module.requires_grad_(False)
     for name, linear in targets.items():
         if not hasattr(linear, "delora"):
@@ -164,7 +165,7 @@ def names_in_full(module: nn.Module, config: DeloraConfig, targets: dict[str, Ho
     own = {f"{name}." for name, _ in adaptable(module)} | {"."}
     names: list[str] = []
     seen: set[int] = set()
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    for name, parameter in ((plain(n), p) for n, p in module.named_parameters(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")
         saved = any(within(pattern, owner) for pattern in config.modules_to_save or ())  # of tied weights, each alone
         bias = leaf == "bias" and (config.bias == "all" or (config.bias == "delora_only" and owner in targets))
@@ -176,7 +177,7 @@ def names_in_full(module: nn.Module, config: DeloraConfig, targets: dict[str, Ho
             raise DeloraError(
                 f"modules_to_save {pattern!r} matches no module with parameters in {type(module).__name__}"
             )
-    for name, part in module.named_modules() if config.modules_to_save else ():
+    for name, part in named_layers(module) if config.modules_to_save else ():
         if any(within(pattern, name) for pattern in config.modules_to_save or ()) and f"{name}." in own:
             kept = (leaf for leaf in part._buffers if leaf not in part._non_persistent_buffers_set)
             names += [f"{name}.{leaf}" for leaf in kept if part._buffers[leaf] is not None]
@@ -212,7 +213,7 @@ def remove_delora(module: nn.Module, adapter_name: str | None = None) -> None:
     update_hooks(module)
     if not record.configs:
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
+            parameter.requires_grad_(record.requires_grad.get(plain(name), parameter.requires_grad))
         for part in record.unpacked:
             may_pack(part)
         unguard_saving(module)
@@ -302,6 +303,8 @@ def set_delora_adapters(
         layer = layer_of(linear)
         layer.active = tuple(name for name in names if name in layer.adapters)
         for name in layer.active:
+            if (device := runs_on(linear) or linear.weight.device) != layer[name].delora_weight.device:
+                layer[name].to(device)
             layer[name].delora_weight.fill_(chosen[name][path])
 
 
@@ -384,7 +387,7 @@ def _swap_in(module: nn.Module, record: Record, names: Sequence[str]) -> None:
 def value_of(module: nn.Module, name: str) -> Tensor:
     """A parameter or buffer of `module`."""
     owner, _, leaf = name.rpartition(".")
-    value: Tensor = getattr(module.get_submodule(owner), leaf)
+    value: Tensor = getattr(layer_at(module, owner), leaf)
     return value
 
 
@@ -396,7 +399,7 @@ def _set_value(module: nn.Module, name: str, value: Tensor) -> None:
     if there.is_meta:
         raise DeloraError(f"{name} is offloaded, and an adapter has its own value for it; choose before offloading")
     value.data = value.data.to(there.device, there.dtype)
-    setattr(module.get_submodule(owner), leaf, value)
+    setattr(layer_at(module, owner), leaf, value)
 
 
 # ---- looking adapters up ------------------------------------------------------------------------
@@ -404,7 +407,11 @@ def _set_value(module: nn.Module, name: str, value: Tensor) -> None:
 
 def delora_layers(module: nn.Module) -> dict[str, Host]:
     """The adapted layers of `module` by name."""
-    return {name: m for name, m in module.named_modules() if isinstance(getattr(m, "delora", None), DeloraLayer)}  # type: ignore[misc]
+    return {
+        plain(name): m  # type: ignore[misc]
+        for name, m in module.named_modules()
+        if isinstance(m._modules.get("delora"), DeloraLayer)
+    }
 
 
 def delora_adapters(module: nn.Module, adapter_name: str = "default") -> dict[str, DeloraAdapter]:

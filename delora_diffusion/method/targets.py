@@ -17,6 +17,7 @@ from .delora import DeloraLayer
 from .fused import PARTS, is_fused
 from .kinds import LINEAR, TRANSPOSED, Host, kind_of, why_not
 from .patterns import compiled, starts_of
+from .wrapped import layer_at, named_layers
 
 #: nn.MultiheadAttention's `out_proj`: it reads the weight without calling the layer, whose hooks never run.
 _NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
@@ -67,11 +68,11 @@ def target_layers(module: nn.Module, config: DeloraConfig) -> dict[str, Host]:
 def adaptable(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Named submodules of `module`, without those that belong to an adapter injected earlier, or copy others."""
     inside = "\0"  # nothing begins so
-    for name, child in module.named_modules():
+    for name, child in named_layers(module):
         owner, _, leaf = name.rpartition(".")
         if isinstance(child, DeloraLayer):
             inside = f"{name}."
-        copied = leaf in PARTS and is_fused(module.get_submodule(owner), leaf)
+        copied = leaf in PARTS and is_fused(layer_at(module, owner), leaf)
         if name and not f"{name}.".startswith(inside) and not copied:
             yield name, child
 
