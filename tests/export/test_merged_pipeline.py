@@ -167,7 +167,7 @@ def test_a_base_that_the_adapter_names_is_found_and_a_missing_one_is_asked_for(
     assert main(["merge", "--adapter", str(style), "--output", str(tmp_path / "other")]) == 1
     assert "do not name one base model; give --base" in capfd.readouterr().err
     assert main(["merge", "--adapter", str(dog), "--weights=2", "--output", str(tmp_path / "out")]) == 1
-    assert "exists already and is not empty; give another folder" in capfd.readouterr().err
+    assert "exists already and is not empty; give another name" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
