@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..families import Architecture
 from .lora_names import ARCHITECTURES, DENOISERS, ORIGINAL_PATHS, canonical, is_clip, is_t5
+from .original_names import PREFIX, original_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Client:
         engines: the architectures it draws with, by name; of others it opens no file.
         diffusers: whether it has diffusers' names of transformers and of CLIP beside kohya's.
         t5: the prefixes under which it knows T5, by architecture.
+        original: whether it knows every layer of a transformer by its original name.
         projection: whether it knows the projection of SDXL's second text encoder.
         lost_at_most: a file with more tensors without a name is dropped whole.
     """
@@ -32,6 +34,7 @@ class Client:
     diffusers: bool
     t5: Mapping[str, tuple[str, ...]]
     projection: bool = False
+    original: bool = False
     lost_at_most: int | None = None
 
 
@@ -41,7 +44,8 @@ _UNETS = ("sd1", "sd2", "sd2_v", "sdxl")
 CLIENTS = {
     "comfyui": Client(
         title="ComfyUI 0.19.3",
-        engines=(*_UNETS, "sd3", "flux1", "flux2", "pixart", "qwen_image", "z_image"),
+        engines=(*_UNETS, "sd3", "flux1", "flux2", "pixart", "qwen_image", "z_image", "lumina2"),
+        original=True,
         diffusers=True,
         t5={"flux1": ("lora_te2", "lora_te3"), "sd3": ("lora_te3",), "pixart": ("lora_te1",)},
         projection=True,
@@ -69,7 +73,9 @@ def looked_up(client: str, component: str, layer: str, architecture: Architectur
     drawn = [one for one in asked if one.name in program.engines]
     if component in DENOISERS:
         having = [one for one in drawn if one.denoiser == component and re.fullmatch(one.found, path)]
-        return _denoiser_names(program, component, path) if having else set()
+        names = _denoiser_names(program, component, path) if having else set()
+        there = original_path(path, architecture) if program.original and component == "transformer" else None
+        return names if there is None else names | {f"{PREFIX}{there}"}
     if is_t5(component, path):
         having = [one for one in drawn if architecture is not None and component in one.encoders]
         return {f"{prefix}_{path.replace('.', '_')}" for one in having for prefix in program.t5.get(one.name, ())}

@@ -56,7 +56,7 @@ class ExportConfig:
 
     format: str = option(
         "diffusers",
-        "names in the file; comfyui: kohya's for a UNet; peft: a folder for PEFT",
+        "names in the file; comfyui: kohya's for a UNet; original: of a transformer; peft: a folder for PEFT",
         choices=(*FORMATS, "peft"),
     )
     output: str | None = option(

@@ -26,6 +26,7 @@ from .clients import CLIENTS, found_by
 from .combine import Updates, compressed_updates, gathered, kernels, known_architecture, summed
 from .lora_header import lora_header, recommended_strength, write_sidecar
 from .lora_names import LoraError, lora_name, missing_attention, style_of, tensor_endings, unreadable
+from .original_names import joined, original_path
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -70,8 +71,9 @@ def export_lora(
         source: a native file or folder, a PEFT folder, a Hub id, an `Adapter`, a module or pipeline with adapters in
             it, {component: module}; or a list of these, whose sum is written.
         destination: the file, or a folder to put `pytorch_lora_weights.safetensors` into.
-        format: "diffusers"; "kohya" (UNets only: ComfyUI, A1111, Forge, and diffusers as well); or "comfyui", which
-            is kohya's names for a UNet and diffusers' for a transformer.
+        format: "diffusers"; "kohya" (UNets only: ComfyUI, A1111, Forge, and diffusers as well); "original" (of
+            transformers, as they were first published); or "comfyui", which is kohya's names for a UNet, and for a
+            transformer those by which ComfyUI finds it: diffusers', for Lumina 2 the original ones.
         weights: strength of the source, or one for each.
         rank: compress to this rank by SVD; the error is in the report. None: exact.
         dtype: "fp32" or "fp16".
@@ -104,10 +106,16 @@ def export_lora(
         updates, lost = compressed_updates(updates, rank)
         notes += lost
     style = style_of(format, set(updates), family)
-    tensors, width, more = _tensors(updates, style, family, DTYPES[dtype])
-    convolutions = _as_kernels(tensors, kernels(adapters), style, family)
-    if format == "comfyui":
-        more += _lost_in_comfyui(updates, style, family)
+    counts = {component: len(layers) for component, layers in updates.items()}
+    more = _lost_in_comfyui(updates, style, family) if format == "comfyui" else []
+    shapes = kernels(adapters)
+    if style == "original":
+        if shapes:
+            raise LoraError(f"original names are for Linear layers, and {next(iter(shapes))[1]} is none; use diffusers'")
+        updates = updates | {"transformer": joined(updates.get("transformer", {}), family)}
+    tensors, width, remarks = _tensors(updates, style, family, DTYPES[dtype])
+    more += remarks
+    convolutions = _as_kernels(tensors, shapes, style, family)
     header = {"format": "pt"}
     words = trigger or _triggers(adapters)
     if metadata:
@@ -127,7 +135,6 @@ def export_lora(
         write_tensors(aside, tensors, header)
     if sidecar:
         more += write_sidecar(path, words, recommended_strength(source), family)
-    counts = {component: len(layers) for component, layers in updates.items()}
     return ExportReport(path=path, style=style, rank=width, layers=counts, notes=(*notes, *more))
 
 
@@ -136,7 +143,8 @@ def _lost_in_comfyui(updates: Updates, style: str, architecture: Architecture | 
     layers = [(component, layer) for component, members in updates.items() for layer in members]
     lost = []
     for component, layer in layers:
-        name = lora_name(style, component, layer, architecture)
+        there = original_path(layer, architecture) if style == "original" and component == "transformer" else None
+        name = lora_name(style, component, there or layer, architecture)
         if not found_by("comfyui", [name], [(component, layer)], architecture)[0]:
             lost.append(f"{component}.{layer}")
     found = f"{CLIENTS['comfyui'].title} finds {len(layers) - len(lost)} of {len(layers)} layers"
@@ -174,13 +182,13 @@ def _tensors(
 ) -> tuple[dict[str, Tensor], int, list[str]]:
     """The file's tensors by name, the one rank they all have, and notes.
 
-    One rank, because diffusers scales kohya's files wrongly where ranks differ.
+    One rank, because diffusers scales kohya's files wrongly where ranks differ; by original names they may.
     """
     ranks = {factors.rank for layers in updates.values() for factors in layers.values()}
     rank = max(ranks)
-    notes = (
-        [f"ranks {', '.join(map(str, sorted(ranks)))} are filled up to {rank} with zeros"] if len(ranks) > 1 else []
-    )
+    same = style != "original"
+    filling = f"ranks {', '.join(map(str, sorted(ranks)))} are filled up to {rank} with zeros"
+    notes = [filling] if same and len(ranks) > 1 else []
     tensors: dict[str, Tensor] = {}
     down_end, up_end = tensor_endings(style)
     for component, layers in updates.items():
@@ -189,7 +197,9 @@ def _tensors(
             notes.append(f"{component}: {len(filled)} attention projections without an adapter are there as zeros")
         for layer, factors in {**layers, **filled}.items():
             name = lora_name(style, component, layer, architecture)
-            down, up = (factors.halvable() if dtype is torch.float16 else factors).padded(rank)
+            down, up = (factors.halvable() if dtype is torch.float16 else factors).padded(
+                rank if same else factors.rank
+            )
             tensors[name + down_end], tensors[name + up_end] = down.to(dtype).contiguous(), up.to(dtype).contiguous()
             if style == "kohya":
                 tensors[f"{name}.alpha"] = torch.tensor(float(rank), dtype=dtype)

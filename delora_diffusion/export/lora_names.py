@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from ..errors import DeloraError
 from ..families import FAMILIES, Architecture, family_named, pipeline_names
 
-FORMATS = ("diffusers", "kohya", "comfyui")
+FORMATS = ("diffusers", "kohya", "comfyui", "original")
 DENOISERS = ("unet", "transformer")
 _ATTENTION = tuple(f"self_attn.{kind}_proj" for kind in ("q", "k", "v", "out"))
 _T5_LAYER = re.compile(r"encoder\.block\.\d+\.layer\.(0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.(wi|wi_0|wi_1|wo))")
@@ -50,10 +50,10 @@ def architecture_of(
 
 
 def style_of(format: str, components: set[str], architecture: Architecture | None) -> str:
-    """Whose names `format` stands for: "diffusers" or "kohya".
+    """Whose names `format` stands for: "diffusers", "kohya" or "original".
 
     Raises:
-        LoraError: an unknown format, or kohya's names for a transformer.
+        LoraError: an unknown format, kohya's names for a transformer, or original ones for a UNet.
     """
     if format not in FORMATS:
         raise LoraError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
@@ -63,6 +63,10 @@ def style_of(format: str, components: set[str], architecture: Architecture | Non
             "kohya's names are for UNets (Stable Diffusion 1, 2, XL), and this adapter is for a transformer; export "
             "it with format comfyui or diffusers, which ComfyUI and diffusers read"
         )
+    if format == "original" and not transformer:
+        raise LoraError("original names are for transformers; export a UNet's adapter with format kohya")
+    if format == "original" or (format == "comfyui" and architecture is not None and architecture.name == "lumina2"):
+        return "original"  # ComfyUI splits Lumina's projections in the wrong places
     return "diffusers" if format == "diffusers" or transformer else "kohya"
 
 
@@ -104,7 +108,9 @@ def lora_name(style: str, component: str, layer: str, architecture: Architecture
         LoraError: a component that kohya's names do not know in this architecture.
     """
     path = canonical(component, layer)
-    if style == "diffusers" and not (architecture is not None and is_t5(component, path)):
+    if style == "original" and component == "transformer":
+        return f"diffusion_model.{path}"
+    if style != "kohya" and not (architecture is not None and is_t5(component, path)):
         return f"{component}.{path}"
     prefixes = {"unet": "lora_unet", **(architecture.encoders if architecture else {"text_encoder": "lora_te"})}
     if component not in prefixes:
@@ -115,7 +121,7 @@ def lora_name(style: str, component: str, layer: str, architecture: Architecture
 
 def tensor_endings(style: str) -> tuple[str, str]:
     """Endings of the names of down and up."""
-    return (".lora_A.weight", ".lora_B.weight") if style == "diffusers" else (".lora_down.weight", ".lora_up.weight")
+    return (".lora_down.weight", ".lora_up.weight") if style == "kohya" else (".lora_A.weight", ".lora_B.weight")
 
 
 def missing_attention(component: str, layers: Mapping[str, object]) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from ..families.original import (
     TRANSFORMERS,
     Place,
     open_clip_place,
+    swapped_halves,
     transformer_place,
     unet_name,
     unet_places,
@@ -154,12 +155,6 @@ def _clip_place(key: str) -> Place:
 
 def _as_convolution(tensor: Tensor) -> Tensor:
     return tensor[:, :, None, None]
-
-
-def swapped_halves(tensor: Tensor) -> Tensor:
-    """(scale, shift) as (shift, scale)."""
-    first, second = tensor.chunk(2)
-    return torch.cat([second, first])
 
 
 def write_single_file(path: Path, entries: Entries, metadata: Mapping[str, str]) -> None:

@@ -22,6 +22,7 @@ from ..run_folder import LORA_NAME
 from .clients import CLIENTS, found_by
 from .combine import Updates, gathered, known_architecture, summed
 from .lora_names import LoraError, canonical, lora_name, tensor_endings, unreadable
+from .original_names import PREFIX, joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +108,21 @@ def verify_lora(
         raise LoraError(f"{path} is no LoRA: {described(tensors, header)}")
     family = known_architecture(adapters, architecture)
     style = "kohya" if any(name.endswith(".lora_down.weight") for name in tensors) else "diffusers"
+    style = "original" if any(name.startswith(PREFIX) for name in tensors) else style
     inside = {name: (name, factors) for name, factors in _updates_in(tensors, style).items()}
     format = "comfyui" if any(re.match(r"lora_te\d_encoder_block_", name) for name in inside) else style
     nameless = functools.partial(unreadable, format=format, architecture=family)
     updates, _ = summed(adapters, weights, allow_partial=True, nameless=nameless)
-    loaders, remarks = {"diffusers": _found_by_diffusers(tensors, updates)}, {}
+    loaders, remarks = {"diffusers": _found_by_diffusers(tensors, updates) if style != "original" else 0}, {}
+    if style == "original":
+        remarks["diffusers"] = "original names are for ComfyUI; give diffusers the other format"
     layers = [(component, layer) for component, layers_of in updates.items() for layer in layers_of]
     for program in CLIENTS:
         loaders[program], remarks[program] = found_by(program, inside, layers, family)
-    return dataclasses.replace(_compared(inside, _by_name(updates, style, family), loaders), remarks=remarks)
+    if style == "original":
+        updates = updates | {"transformer": joined(updates.get("transformer", {}), family)}
+    compared = _compared(inside, _by_name(updates, style, family), loaders)
+    return dataclasses.replace(compared, layers=len(layers), remarks=remarks)
 
 
 #: name in a file -> (what to call it, its update)

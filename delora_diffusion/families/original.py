@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 _SD3 = """
 pos_embed.pos_embed = pos_embed
 pos_embed.proj = x_embedder.proj
@@ -194,6 +197,12 @@ def transformer_place(architecture: str, key: str) -> Place | None:
                 part = next((n for n, name in enumerate(rule.parts) if name in found.groups()), 0)
                 return Place(found.expand(rule.name) + leaf, part, len(rule.parts) or 1, rule.swapped)
     return None
+
+
+def swapped_halves(tensor: Tensor) -> Tensor:
+    """(scale, shift) in rows as (shift, scale)."""
+    first, second = tensor.chunk(2)
+    return torch.cat([second, first])
 
 
 def _split(key: str) -> tuple[str, str]:

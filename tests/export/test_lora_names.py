@@ -246,7 +246,8 @@ def test_the_projection_of_sdxls_second_encoder_is_lost_in_a1111_alone() -> None
 @pytest.mark.parametrize("model, name", [("Sana 1.6B", "sana"), ("Lumina-Image 2.0", "lumina2")])
 def test_comfyui_finds_nothing_of_transformers_that_it_has_no_table_for(model: str, name: str) -> None:
     for layer in full_size.adapted(model, "attention+ff"):
-        assert not looked_up("comfyui", "transformer", layer, ARCHITECTURES[name])
+        names = looked_up("comfyui", "transformer", layer, ARCHITECTURES[name])
+        assert f"transformer.{layer}" not in names and bool(names) == (name == "lumina2"), "by original names"
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def test_comfyui_format_is_kohya_for_unets_and_diffusers_for_transformers() -> N
     assert style_of("diffusers", {"unet"}, SD1) == "diffusers"
     with pytest.raises(LoraError, match="comfyui or diffusers"):
         style_of("kohya", {"transformer"}, None)
-    with pytest.raises(LoraError, match="choose one of diffusers, kohya, comfyui"):
+    with pytest.raises(LoraError, match="choose one of diffusers, kohya, comfyui, original"):
         style_of("safetensors", {"unet"}, None)
 
 
