@@ -3,7 +3,8 @@
     DELORA_COMFYUI=/path/to/ComfyUI python -m tests.clients.comfyui
 
 Prints one JSON object a model: whether its single file is recognised, with which tensors too few or too many, and for
-each set of layers how many of a LoRA's names ComfyUI knows, and how many of those lead to a tensor of another shape.
+each set of layers how many there are, how many of diffusers' names ComfyUI knows, and which of those lead to a tensor
+of another shape; and how many original names it knows.
 What ComfyUI imports and does not need for this is replaced by stubs.
 """
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from delora_diffusion.export.lora_names import lora_name
+from delora_diffusion.export.original_names import PREFIX, original_path
 from delora_diffusion.export.single_file import Entry, single_file_entries
 from delora_diffusion.families import family_named
 from delora_diffusion.families.original import TRANSFORMERS
@@ -117,6 +119,9 @@ def trials(comfy: Any) -> Iterator[dict[str, Any]]:
                 led = {n: table[own] for n, own in named.items() if own in table}
                 wrong = [n for n, place in led.items() if _shape(place, shapes) != _size(layers[n])]
                 found[targets] = [len(layers), len(led), wrong[:3]]
+                found[f"{targets}, original names"] = sum(
+                    f"{PREFIX}{original_path(layer, architecture)}" in table for layer in layers
+                )
         yield found
 
 

@@ -23,6 +23,7 @@ def test_comfyui_recognises_every_single_file_and_leads_every_name_to_a_layer_of
     for trial in (one for one in found if "recognised" in one):
         assert trial["recognised"], trial
         assert trial["missing"] == trial["unexpected"] == trial["misshapen"] == [], trial
-        adapted, named, misled = trial["attention+ff"]
-        assert misled == [] == trial["all-linear"][2], trial
-        assert named == adapted or trial["model"].startswith("Lumina"), trial
+        for targets in ("attention+ff", "all-linear"):
+            adapted, named, misled = trial[targets]
+            assert misled == [] and trial[f"{targets}, original names"] == adapted, trial
+            assert named == adapted or trial["model"].startswith(("Lumina", "FLUX.2")), trial
