@@ -12,8 +12,8 @@ from typing import Any
 
 from .checks import BaseModelError
 
-PREDICTION_TYPE = "what the base predicts; unset: what its scheduler says, or a single file's key v_pred"
-ZERO_SNR = "its noise schedule ends in pure noise; unset: what its scheduler says, or a single file's key ztsnr"
+PREDICTION_TYPE = "what the base predicts; unset: what its scheduler says, or a checkpoint's key v_pred"
+ZERO_SNR = "its noise schedule ends in pure noise; unset: what its scheduler says, or a checkpoint's key ztsnr"
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class LoraConfig:
         None, "family of the base; unset: what the adapter tells", choices=tuple(ARCHITECTURES)
     )
     text_encoders: bool = option(
-        True, "the parts for text encoders as well (InvokeAI 6.14 refuses a FLUX.1 file that has some)"
+        True, "the parts for text encoders as well (InvokeAI 6.14 refuses those of FLUX.1 that have some)"
     )
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class MergingConfig:
     output: str = option("", "folder for the merged pipeline, which must not exist yet, or be empty", path=True)
     single_file: bool = option(
         False,
-        "output is one .safetensors file of the original layout instead: Stable Diffusion 1, 2, XL whole, of SD3.5, "
+        "output is one .safetensors checkpoint of the original layout: Stable Diffusion 1, 2, XL whole, of SD3.5, "
         "FLUX, Qwen-Image, Z-Image and Lumina 2 the transformer",
     )
     dtype: str = option("auto", "precision of the merged pipeline; auto: that of the base's files", choices=DTYPES)
