@@ -111,7 +111,9 @@ def export_lora(
     shapes = kernels(adapters)
     if style == "original":
         if shapes:
-            raise LoraError(f"original names are for Linear layers, and {next(iter(shapes))[1]} is none; use diffusers'")
+            raise LoraError(
+                f"original names are for Linear layers, and {next(iter(shapes))[1]} is none; use diffusers'"
+            )
         updates = updates | {"transformer": joined(updates.get("transformer", {}), family)}
     tensors, width, remarks = _tensors(updates, style, family, DTYPES[dtype])
     more += remarks
