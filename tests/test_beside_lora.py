@@ -30,7 +30,7 @@ from delora_diffusion.adapters.sources import collect
 from delora_diffusion.errors import DeloraError
 from delora_diffusion.method.config import DeloraConfig
 from delora_diffusion.method.inject import delora_adapters
-from delora_diffusion.method.targets import target_linears
+from delora_diffusion.method.targets import target_layers
 from delora_diffusion.method.wrapped import plain
 
 from .export.test_lora import BUILD, DENOISER, adapter_for, clone, components, draw
@@ -67,7 +67,7 @@ def test_both_act_in_either_order_and_either_is_unloaded_alone(
     expected, nothing = draw(both, family), draw(base, family)
     assert not near(only_dog, expected) and not near(only_style, expected) and not near(nothing, only_dog)
     every = DeloraConfig(target_modules="all-linear")
-    names = list(target_linears(getattr(base, DENOISER[family]), every))
+    names = list(target_layers(getattr(base, DENOISER[family]), every))
     for first in ("lora", "delora"):
         pipe = clone(base)
         if first == "lora":
@@ -76,7 +76,7 @@ def test_both_act_in_either_order_and_either_is_unloaded_alone(
         if first == "delora":
             pipe.load_lora_weights(str(file))
         assert near(draw(pipe, family), expected), first
-        assert list(target_linears(getattr(pipe, DENOISER[family]), every)) == names
+        assert list(target_layers(getattr(pipe, DENOISER[family]), every)) == names
         kept = collect({part: getattr(pipe, part) for part in parts}, "dog")
         assert all(
             torch.equal(kept.tensors[part][name], tensor)

@@ -176,6 +176,9 @@ def _rules(table: str) -> tuple[_Rule, ...]:
     return tuple(rules)
 
 
+_QWEN = re.compile(
+    r"(transformer_blocks\.\d+\.(attn|(img|txt)_(mlp|mod))|img_in|txt_in|txt_norm|time_text_embed|norm_out|proj_out)\."
+)
 #: architecture -> table; Qwen-Image's original names are diffusers'.
 _TABLES = {
     name: _rules(table)
@@ -190,7 +193,7 @@ TRANSFORMERS = (*_TABLES, "qwen_image")
 def transformer_place(architecture: str, key: str) -> Place | None:
     """Where a tensor of a transformer is in a file of the original layout; None for one that has no counterpart."""
     if architecture == "qwen_image":
-        return Place(key)
+        return Place(key) if _QWEN.match(key) else None
     for rule in _TABLES[architecture]:
         for path, leaf in ((key, ""), _split(key)):
             if (found := rule.pattern.fullmatch(path)) is not None:

@@ -28,7 +28,7 @@ from delora_diffusion.export.single_file import Entry, single_file_entries
 from delora_diffusion.families import family_named
 from delora_diffusion.families.original import TRANSFORMERS
 from delora_diffusion.method.config import DeloraConfig
-from delora_diffusion.method.targets import target_linears
+from delora_diffusion.method.targets import target_layers
 
 from .. import full_size
 
@@ -114,7 +114,7 @@ def trials(comfy: Any) -> Iterator[dict[str, Any]]:
             shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
             table = comfy.lora.model_lora_keys_unet(model, {})
             for targets in ("attention+ff", "all-linear"):
-                layers = target_linears(transformer, DeloraConfig(target_modules=targets))
+                layers = target_layers(transformer, DeloraConfig(target_modules=targets))
                 named = {n: lora_name("diffusers", "transformer", n, architecture) for n in layers}
                 led = {n: table[own] for n, own in named.items() if own in table}
                 wrong = [n for n, place in led.items() if _shape(place, shapes) != _size(layers[n])]
