@@ -419,7 +419,7 @@ SHOWN: dict[str, object] = {"validation_dino": "x", "validation_prompt": ["a sks
         ({**SHOWN, "validation_prompt": ["a v1 dog"]}, "the rare word 'sks' .'a v1 dog', ..."),
         ({**SHOWN, "trigger_token": ""}, "trigger_token is empty"),
         ({**SHOWN, "validation_world_prompt": ["a cow", "a sks cow"]}, "'a sks cow' has the rare word"),
-        ({"validation_prompt": ["a"], "strength_sheet": [0.0, 1.0]}, "not positive"),
+        ({"validation_prompt": ["a"], "strength_sheet": [0.0, 1.0]}, "must be positive"),
     ],
 )
 def test_options_that_need_others_say_which(options: dict[str, object], message: str) -> None:
