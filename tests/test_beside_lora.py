@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from torch import nn
@@ -102,7 +103,10 @@ def test_both_act_in_either_order_and_either_is_unloaded_alone(
 
 
 def test_the_name_of_a_wrapped_layer_is_its_own() -> None:
-    assert plain("a.to_q.base_layer.weight") == "a.to_q.weight" and plain("base_layer_norm.x") == "base_layer_norm.x"
+    module = nn.ModuleDict({"to_q": nn.Linear(2, 2), "own": nn.ModuleDict({"base_layer": nn.Linear(2, 2)})})
+    wrapped = peft.get_peft_model(module, peft.LoraConfig(r=1, target_modules=["to_q"])).base_model.model
+    assert plain(wrapped, "to_q.base_layer.weight") == "to_q.weight"
+    assert plain(wrapped, "own.base_layer.weight") == "own.base_layer.weight"
 
 
 # ---- several adapters ------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def inject_delora(
     full = _trained_in_full(module, config, targets, record.base_values)
     _check_no_clash(module, record, targets, full)
     if not record.configs:
-        record.requires_grad = {plain(name): p.requires_grad for name, p in module.named_parameters()}
+        record.requires_grad = {plain(module, name): p.requires_grad for name, p in module.named_parameters()}
         module.requires_grad_(False)
     for name, linear in targets.items():
         if not hasattr(linear, "delora"):
@@ -165,7 +165,7 @@ def names_in_full(module: nn.Module, config: DeloraConfig, targets: dict[str, Ho
     own = {f"{name}." for name, _ in adaptable(module)} | {"."}
     names: list[str] = []
     seen: set[int] = set()
-    for name, parameter in ((plain(n), p) for n, p in module.named_parameters(remove_duplicate=False)):
+    for name, parameter in ((plain(module, n), p) for n, p in module.named_parameters(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")
         saved = any(within(pattern, owner) for pattern in config.modules_to_save or ())  # of tied weights, each alone
         bias = leaf == "bias" and (config.bias == "all" or (config.bias == "delora_only" and owner in targets))
@@ -213,7 +213,7 @@ def remove_delora(module: nn.Module, adapter_name: str | None = None) -> None:
     update_hooks(module)
     if not record.configs:
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(record.requires_grad.get(plain(name), parameter.requires_grad))
+            parameter.requires_grad_(record.requires_grad.get(plain(module, name), parameter.requires_grad))
         for part in record.unpacked:
             may_pack(part)
         unguard_saving(module)
@@ -408,7 +408,7 @@ def _set_value(module: nn.Module, name: str, value: Tensor) -> None:
 def delora_layers(module: nn.Module) -> dict[str, Host]:
     """The adapted layers of `module` by name."""
     return {
-        plain(name): m  # type: ignore[misc]
+        plain(module, name): m  # type: ignore[misc]
         for name, m in module.named_modules()
         if isinstance(m._modules.get("delora"), DeloraLayer)
     }

@@ -11,16 +11,26 @@ from torch import nn
 INNER = "base_layer"
 
 
-def plain(name: str) -> str:
-    """The name of a layer or parameter as it is where nothing is wrapped."""
-    return name.replace(f".{INNER}", "")
+def plain(module: nn.Module, name: str) -> str:
+    """The name of a layer or parameter of `module` as it is where nothing is wrapped."""
+    parts, here = [], module
+    for part in name.split("."):
+        if part != INNER or not _is_wrapper(here):
+            parts.append(part)
+        here = here._modules.get(part) or here  # the last part may be a parameter's
+    return ".".join(parts)
 
 
 def unwrapped_layer(module: nn.Module) -> nn.Module:
     """The layer itself, inside of what may have been put around it."""
-    while isinstance(inner := module._modules.get(INNER), nn.Module):
+    while _is_wrapper(module) and isinstance(inner := module._modules.get(INNER), nn.Module):
         module = inner
     return module
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether PEFT has made a module: others may call a layer of their own `base_layer`."""
+    return hasattr(module, "adapter_layer_names")
 
 
 def named_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

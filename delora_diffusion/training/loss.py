@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,9 +93,10 @@ def _pick(examples: Examples, kind: str, seed: int, position: int) -> Pick:
 
 
 @lru_cache(maxsize=8)
-def _order(count: int, seed: int) -> Tensor:
+def _order(count: int, seed: int) -> np.ndarray:
     """The order of a pass, kept for as long as it lasts."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order: np.ndarray = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
+    return order
 
 
 def _caption(example: Example, seed: int, dropout: float) -> str:

@@ -129,7 +129,7 @@ class Bench:
             classes = class_examples(data, seed=0)
             latents = cache_latents(self.cache, self.pipe.vae, classes, identity="pocket")
         cond = {**(examples.conditioning or {}), prompt: self.encode([prompt])[0]}
-        return replace(examples, classes=classes, latents=examples.latents | latents, conditioning=cond)
+        return replace(examples, classes=classes, latents={**examples.latents, **latents}, conditioning=cond)
 
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
         """The conditioning of every prompt."""

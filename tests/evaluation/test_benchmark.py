@@ -375,7 +375,8 @@ def test_refuses_what_is_not_there(
 
 def test_the_plot_is_an_extra(bench: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                               capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert run(bench, f"--output_dir={tmp_path / 'out'}") == 1
     assert 'pip install "delora_diffusion[plots]"' in capsys.readouterr().err
     assert run(bench, "--no-plot") == 0

@@ -18,7 +18,13 @@ from ..runs import Run, same, tensors
 
 def test_a_run_goes_on_from_an_adapter_of_ours_and_from_pefts_folder(run: Run, tmp_path: Path) -> None:
     first = run("first", "--instance_prompt=a sks cat", "--relative_lambda=0.07", "--rank=2")
-    told = ["--rank=16", "--max_train_steps=1", "--learning_rate=0", "--max_grad_norm=0"]
+    told = [
+        "--rank=16",
+        "--max_train_steps=1",
+        "--learning_rate=0",
+        "--lambda_learning_rate=1e-30",
+        "--max_grad_norm=0",
+    ]
     still = run("still", *told, f"--initial_adapter={first}")
     assert same(tensors(first), tensors(still)), "a step at rate 0 leaves it as it was, rank and strength with it"
     header = read_adapter(still).provenance

@@ -49,7 +49,7 @@ def prepared(model: ModelConfig, photos: Path, side: int = 16, **settings: Any) 
     validation = ValidationConfig(validation_prompt=["a cat"], validation_num_inference_steps=2)
     data = DataConfig(instance_data_dir=str(photos), instance_prompt="a sks dog", resolution=side, **settings)
     options = Options(
-        model=model, adapter=AdapterConfig(), data=data, training=TrainingConfig(output_dir=str(photos / "out")),
+        model=model, adapter=AdapterConfig(rank=4), data=data, training=TrainingConfig(output_dir=str(photos / "out")),
         validation=validation,
     )  # fmt: skip
     return stages.prepare(check(options, ACCELERATOR), ACCELERATOR), load_base(model, precision="no")
